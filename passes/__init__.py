@@ -1,0 +1,38 @@
+"""Graph -> graph, or graph -> facts: one pass a file, each file named after its pass.
+
+Import it as ``gdnsq_fx.passes``. In a checkout the folder lies beside ``gdnsq_fx/``;
+packaging maps it into place (``[tool.setuptools.package-dir]`` in pyproject.toml).
+"""
+
+if __name__ != "gdnsq_fx.passes":
+    # Under a second name every pass class would exist twice, and isinstance would fail.
+    raise ImportError(
+        f"this package was imported as {__name__!r}; import it as 'gdnsq_fx.passes' "
+        "(in a checkout, first run: pip install -e .)"
+    )
+
+from ._base import Pass
+from ._pipeline import run_passes
+from .analyze_capacity import AnalyzeCapacity
+from .annotate_operations import AnnotateOperations
+from .calibrate import Calibrate
+from .expose_weights import ExposeWeights
+from .fold_batch_norm import FoldBatchNorm
+from .freeze_quantizers import FreezeQuantizers
+from .insert_quantizers import InsertQuantizers
+from .lower_to_integer import LowerToInteger
+from .propagate_shapes import PropagateShapes
+
+__all__ = [
+    "AnalyzeCapacity",
+    "AnnotateOperations",
+    "Calibrate",
+    "ExposeWeights",
+    "FoldBatchNorm",
+    "FreezeQuantizers",
+    "InsertQuantizers",
+    "LowerToInteger",
+    "Pass",
+    "PropagateShapes",
+    "run_passes",
+]
