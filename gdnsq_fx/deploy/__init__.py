@@ -1,0 +1,1 @@
+"""From a fine-tuned graph to a file that a runtime can execute."""

@@ -1,0 +1,146 @@
+"""The header of a file: five metadata strings that say what its tensors mean.
+
+``format``, ``schema_version``, ``packed`` (JSON, ``{name: {"bits": int, "shape":
+[int, ...]}}``), ``description`` (JSON object of the caller) and ``checksum``: SHA-256
+over the former four and the name, dtype and shape of every stored tensor. The checksum
+covers everything but the tensors' values, so that damage to a header is an error and
+never a tensor of another name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from gdnsq_fx.deploy.packing import checked_numel
+from gdnsq_fx.errors import ConfigError, FileFormatError
+
+FORMAT = "gdnsq_fx"
+SCHEMA_VERSION = 1
+
+_FIELDS = ("format", "schema_version", "packed", "description", "checksum")
+REMEDY = "copy the file again, or write it anew"
+DTYPE_CODES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+Layout = dict[str, tuple[str, list[int]]]
+"""Stored name -> (safetensors dtype code, shape)."""
+
+
+def encode_header(
+    packed: Mapping[str, Mapping[str, object]],
+    description: Mapping[str, object],
+    layout: Layout,
+) -> dict[str, str]:
+    """Return the metadata of a file.
+
+    Args:
+        packed: name -> ``{"bits": bits, "shape": shape before packing}``.
+        description: object of JSON values with string keys.
+        layout: name -> dtype code and shape, as stored.
+
+    Raises:
+        ConfigError: ``description`` holds what JSON cannot represent.
+    """
+    fields = {
+        "format": FORMAT,
+        "schema_version": str(SCHEMA_VERSION),
+        "packed": json.dumps(packed),
+        "description": _description_json(description),
+    }
+    return {**fields, "checksum": _checksum(fields, layout)}
+
+
+def decode_header(
+    fields: Mapping[str, str], layout: Layout
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the packed table and the description, and vouch for ``layout``.
+
+    The entries of the table are JSON values of any kind: the caller checks them.
+
+    Raises:
+        ConfigError: ``layout`` has a shape that no tensor can have.
+        FileFormatError: the metadata are foreign, of another schema, or damaged.
+    """
+    _check_fields(fields)
+    description = _json_object(fields, "description")
+    packed = _json_object(fields, "packed")
+    if unknown := sorted(packed.keys() - layout.keys()):
+        raise FileFormatError(f"packed tensors {unknown} are missing; {REMEDY}")
+    for name, (code, shape) in layout.items():
+        if code not in DTYPE_CODES.values():
+            raise FileFormatError(f"tensor {name!r} has type {code}; {REMEDY}")
+        checked_numel(shape)
+    if _checksum(fields, layout) != fields["checksum"]:
+        raise FileFormatError(f"its header fails its checksum; {REMEDY}")
+    return packed, description
+
+
+def _description_json(description: Mapping[str, object]) -> str:
+    try:
+        text = json.dumps(dict(description), allow_nan=False)
+        _check_keys(description)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"cannot store the description: {error}; use dicts with string keys, lists,"
+            " strings, finite numbers, booleans and None only"
+        ) from error
+    return text
+
+
+def _check_keys(value: Any) -> None:
+    """Refuse what ``json.dumps`` silently renames: the key of ``{1: 2}`` to ``"1"``."""
+    if isinstance(value, Mapping):
+        for key, item in cast(Mapping[Any, Any], value).items():
+            if not isinstance(key, str):
+                raise TypeError(f"key {key!r} is not a string")
+            _check_keys(item)
+    elif isinstance(value, (list, tuple)):
+        for item in cast("list[Any] | tuple[Any, ...]", value):
+            _check_keys(item)
+
+
+def _checksum(fields: Mapping[str, str], layout: Layout) -> str:
+    covered = [[fields[key] for key in _FIELDS if key != "checksum"], layout]
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _check_fields(fields: Mapping[str, str]) -> None:
+    if fields.get("format") != FORMAT:
+        raise FileFormatError(
+            f"a safetensors file, but {FORMAT} did not write it; load a checkpoint into"
+            " the model with safetensors.torch.load_file instead"
+        )
+    version = fields.get("schema_version", "")
+    if version != str(SCHEMA_VERSION):
+        newer = version.isdecimal() and int(version[:9]) > SCHEMA_VERSION
+        remedy = f"install a newer {FORMAT}" if newer else REMEDY
+        raise FileFormatError(
+            f"its schema version is {version[:20]!r}, but this {FORMAT} reads"
+            f" {SCHEMA_VERSION}; {remedy}"
+        )
+    if missing := [key for key in _FIELDS if key not in fields]:
+        raise FileFormatError(f"its metadata lack {missing}; {REMEDY}")
+
+
+def _json_object(fields: Mapping[str, str], key: str) -> dict[str, Any]:
+    try:
+        value: object = json.loads(fields[key])
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"its {key} is no JSON: {error}; {REMEDY}") from error
+    if not isinstance(value, dict):
+        raise FileFormatError(f"its {key} is no JSON object; {REMEDY}")
+    return cast(dict[str, Any], value)
