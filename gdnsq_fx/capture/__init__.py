@@ -1,0 +1,1 @@
+"""From a model to a torch.fx graph that computes the same."""

@@ -1,0 +1,1 @@
+"""GDNSQ quantizers: estimators, the fused functions, and the modules."""

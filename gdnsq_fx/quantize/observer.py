@@ -1,0 +1,88 @@
+"""What calibration sees of one activation, and the range it chooses from it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdnsq_fx.errors import CalibrationError
+from gdnsq_fx.quantize.functions import from_codes, to_codes
+from gdnsq_fx.quantize.quantizer import ActivationQuantizer
+
+SAMPLE_SIZE = 1 << 16
+CANDIDATES = 64
+
+
+class Observer:
+    """Extremes and an even sample of the values of one edge.
+
+    Memory is bounded: the sample is thinned by two whenever it exceeds its size.
+    """
+
+    def __init__(self, edge: str) -> None:
+        self.edge = edge
+        self.low = math.inf
+        self.high = -math.inf
+        self._stride = 1
+        self._sample = torch.empty(0)
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of a quantizer."""
+        del module
+        self.add(args[0])
+
+    def add(self, values: Tensor) -> None:
+        """Take note of a tensor of any shape.
+
+        Raises:
+            CalibrationError: it holds NaN or infinite values.
+        """
+        if values.numel() == 0:
+            return
+        flat = values.detach().reshape(-1).float()
+        low, high = (float(v) for v in torch.aminmax(flat))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CalibrationError(
+                f"NaN or infinite values reach {self.edge} in calibration although the "
+                "inputs are finite; check the weights and the layers before it"
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self._sample = torch.cat([self._sample.to(flat.device), flat[:: self._stride]])
+        while self._sample.numel() > SAMPLE_SIZE:
+            self._sample = self._sample[::2].clone()
+            self._stride *= 2
+
+    def place(self, quantizer: ActivationQuantizer) -> None:
+        """Set step, range and lower bound for the target bits, and note the extremes.
+
+        Raises:
+            CalibrationError: nothing was observed.
+        """
+        if not self.low <= self.high:
+            raise CalibrationError(
+                f"no value reached {self.edge} in calibration; its layer does not run "
+                "on these batches, so exclude it or add batches that use it"
+            )
+        quantizer.observed.copy_(torch.tensor([self.low, self.high]))
+        low = 0.0 if quantizer.nonnegative else self.low
+        bits = quantizer.spec.bits
+        shrink = self._best_shrink(low, self.high, bits)
+        quantizer.cover(low * shrink, self.high * shrink, bits)
+
+    def _best_shrink(self, low: float, high: float, bits: int) -> float:
+        """Share of the full range with the least mean squared error on the sample."""
+        if not high > low:
+            return 1.0
+        shares = torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES).tolist()
+        errors = [self._error(low * s, high * s, bits) for s in shares]
+        return shares[errors.index(min(errors))]
+
+    def _error(self, low: float, high: float, bits: int) -> float:
+        sample = self._sample
+        step = sample.new_tensor((high - low) / (2.0**bits - 1.0))
+        offset = sample.new_tensor(low)
+        codes = to_codes(sample, step, offset).clamp_(0.0, 2.0**bits - 1.0)
+        return float((from_codes(codes, step, offset) - sample).square().mean())

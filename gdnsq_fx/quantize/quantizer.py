@@ -1,0 +1,272 @@
+"""The learnable quantizers: one module for activations, one for weights."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gdnsq_fx.errors import CalibrationError
+from gdnsq_fx.optable import ChannelLayout
+from gdnsq_fx.quantize.functions import (
+    max_code,
+    quantize_activation,
+    quantize_weight,
+    snap_offset,
+    to_codes,
+)
+from gdnsq_fx.spec import QuantSpec
+
+# A hair above the smallest step, so that a tie cannot round up to one level too many
+# when the offset lies half a step off (offset mode "integer").
+STEP_SLACK = 1.0 + 1e-4
+MIN_CAPACITY = 1.0
+
+
+class Quantizer(nn.Module, ABC):
+    """What both quantizers share: an edge, a spec, a learnable log2 step, a switch.
+
+    Attributes:
+        edge: name of the edge, such as ``layer1.0.conv1.weight``.
+        spec: its fixed choices.
+        enabled: when False the module passes its input on unchanged.
+        log2_step: learnable, s = 2^log2_step.
+    """
+
+    log2_step: nn.Parameter
+
+    def __init__(self, edge: str, spec: QuantSpec) -> None:
+        super().__init__()
+        self.edge = edge
+        self.spec = spec
+        self.enabled = True
+
+    @property
+    def step(self) -> Tensor:
+        """Step s > 0."""
+        return torch.exp2(self.log2_step)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether every step is a number yet."""
+        return bool(torch.isfinite(self.log2_step).all())
+
+    def extra_repr(self) -> str:
+        """Edge, target and state for ``print(module)``."""
+        state = "" if self.enabled else ", disabled"
+        return (
+            f"{self.edge}, bits<={self.spec.bits}, {self.spec.estimator}, "
+            f"{self.spec.offset}{state}"
+        )
+
+    @abstractmethod
+    def quantize(self, value: Tensor) -> Tensor:
+        """The quantized value, whether enabled or not."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Quantize, or pass on unchanged where disabled."""
+        return self.quantize(value) if self.enabled else value
+
+    def _require_calibration(self) -> None:
+        if not self.is_calibrated:
+            raise CalibrationError(
+                f"{self.edge} was never calibrated; run the Calibrate pass, or "
+                "gdnsq_fx.prepare, which does"
+            )
+
+
+class ActivationQuantizer(Quantizer):
+    """One clamped quantizer for a whole tensor.
+
+    Learns ``log2_step``, ``log2_range`` and, unless ``nonnegative``, ``lower``. The
+    buffers ``observed`` hold the least and the largest value met in calibration.
+    Capacity is log2(q/s) bits per element (arXiv 2508.14004).
+    """
+
+    observed: Tensor
+    lower: Tensor
+
+    def __init__(self, edge: str, spec: QuantSpec, *, nonnegative: bool) -> None:
+        super().__init__(edge, spec)
+        self.nonnegative = nonnegative
+        self.log2_step = nn.Parameter(torch.tensor(math.nan))
+        self.log2_range = nn.Parameter(torch.tensor(math.nan))
+        if nonnegative:
+            self.register_buffer("lower", torch.tensor(0.0))
+        else:
+            self.lower = nn.Parameter(torch.tensor(math.nan))
+        self.register_buffer("observed", torch.tensor([math.inf, -math.inf]))
+
+    @property
+    def range(self) -> Tensor:
+        """Range q > 0."""
+        return torch.exp2(self.log2_range)
+
+    @property
+    def offset(self) -> Tensor:
+        """Lowest level b, on the grid of the offset mode."""
+        return snap_offset(self.lower, self.step, self.spec.offset)
+
+    def quantize(self, value: Tensor) -> Tensor:
+        """See `quantize_activation`."""
+        return quantize_activation(
+            value, self.step, self.range, self.offset, self.spec.estimator
+        )
+
+    @torch.no_grad()
+    def codes(self, value: Tensor) -> Tensor:
+        """Whole codes from 0, as floats, of the value's shape."""
+        wide = value.to(torch.promote_types(value.dtype, self.log2_step.dtype))
+        codes = to_codes(wide, self.step, self.offset).clamp_(min=0.0)
+        return torch.minimum(codes, max_code(self.step, self.range))
+
+    @torch.no_grad()
+    def clipped(self, value: Tensor) -> Tensor:
+        """Where a value lies outside the clamp, bool of the value's shape."""
+        lower = self.offset
+        return (value < lower) | (value > lower + self.range - self.step)
+
+    def capacity(self) -> Tensor:
+        """log2(q/s), bits per element, differentiable scalar."""
+        return self.log2_range - self.log2_step
+
+    @torch.no_grad()
+    def levels(self) -> int:
+        """Number of levels it can produce."""
+        self._require_calibration()
+        return int(max_code(self.step, self.range)) + 1
+
+    @torch.no_grad()
+    def project(self, cap: float) -> None:
+        """Raise the step until the capacity is at most ``cap`` (at least one bit)."""
+        self.log2_step.clamp_(min=self.log2_range - cap)
+        self.log2_step.clamp_(max=self.log2_range - MIN_CAPACITY)
+
+    @torch.no_grad()
+    def cover(self, low: float, high: float, bits: float) -> None:
+        """Place 2^bits levels evenly from ``low`` (0 where nonnegative) to ``high``."""
+        low = 0.0 if self.nonnegative else low
+        span = high - low
+        if not span > 0.0:  # a constant: any grid that holds it will do
+            span = abs(high) or 1.0
+        step = span / (2.0**bits - 1.0)
+        self.lower.fill_(low)
+        self.log2_step.fill_(math.log2(step))
+        self.log2_range.fill_(math.log2(step) + bits)
+
+    def open_to(self, bits: float) -> None:
+        """Start over with ``bits`` over everything that calibration has seen."""
+        low, high = self.observed.tolist()
+        if not low <= high:
+            self._require_calibration()
+            low = float(self.offset.detach())
+            high = low + float((self.range - self.step).detach())
+        self.cover(low, high, bits)
+
+
+class WeightQuantizer(Quantizer):
+    """One step for each output channel, or for the tensor; the range is the weight's.
+
+    Capacity of a channel is log2((max - min)/s + 1) bits per element, so its gradient
+    reaches the channel's own extreme weights and pulls outliers in (arXiv 2508.14004).
+    """
+
+    def __init__(
+        self, edge: str, spec: QuantSpec, layout: ChannelLayout, weight: Tensor
+    ) -> None:
+        super().__init__(edge, spec)
+        self.layout = layout
+        self.dims = layout.reduced_dims(weight.ndim)
+        shape = list(layout.grouped(weight).shape)
+        for dim in self.dims:
+            shape[dim] = 1
+        self.log2_step = nn.Parameter(
+            torch.full(shape, math.nan, device=weight.device, dtype=torch.float32)
+        )
+
+    def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest weight of each scale group, shaped like ``log2_step``."""
+        view = self.layout.grouped(weight)
+        return view.amin(self.dims, keepdim=True), view.amax(self.dims, keepdim=True)
+
+    def offset(self, weight: Tensor) -> Tensor:
+        """Lowest level b of each scale group; no gradient."""
+        low = self.layout.grouped(weight.detach()).amin(self.dims, keepdim=True)
+        low = low.to(torch.promote_types(low.dtype, self.log2_step.dtype))
+        return snap_offset(low, self.step.detach(), self.spec.offset)
+
+    def quantize(self, value: Tensor) -> Tensor:
+        """See `quantize_weight`."""
+        quantized = quantize_weight(
+            self.layout.grouped(value),
+            self.step,
+            self.offset(value),
+            self.dims,
+            self.spec.estimator,
+        )
+        return quantized.view_as(value)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """Whole codes from 0, as floats, of the weight's shape."""
+        view = self.layout.grouped(weight.to(self.log2_step.dtype))
+        codes = to_codes(view, self.step, self.offset(weight)).clamp_(min=0.0)
+        return codes.view_as(weight)
+
+    def capacity(self, weight: Tensor) -> Tensor:
+        """log2((max - min)/s + 1) of each scale group, bits per element."""
+        low, high = self.extremes(weight)
+        return torch.log2((high - low) / self.step + 1.0)
+
+    @torch.no_grad()
+    def levels(self, weight: Tensor) -> Tensor:
+        """Number of levels of each scale group that the weight spans, as floats."""
+        self._require_calibration()
+        top = self.extremes(weight)[1].to(self.log2_step.dtype)
+        return to_codes(top, self.step, self.offset(weight)).clamp_(min=0.0) + 1.0
+
+    @torch.no_grad()
+    def project(self, weight: Tensor, cap: float) -> None:
+        """Raise steps until every capacity is at most ``cap`` (at least one bit)."""
+        low, high = self.extremes(weight)
+        span = (high - low).to(self.log2_step.dtype)
+        slack = STEP_SLACK if self.spec.offset == "integer" else 1.0
+        least = torch.log2(span * (slack / (2.0**cap - 1.0)))
+        most = torch.log2(span / (2.0**MIN_CAPACITY - 1.0) * slack)
+        # A constant channel has no span: any step represents it, so keep its own.
+        varies = span > 0
+        self.log2_step.copy_(
+            torch.where(varies, self.log2_step.clamp(least, most), self.log2_step)
+        )
+
+    @torch.no_grad()
+    def open_to(self, weight: Tensor, bits: float) -> None:
+        """Place 2^bits levels evenly over each scale group."""
+        low, high = self.extremes(weight)
+        span = (high - low).to(self.log2_step.dtype)
+        span = torch.where(span > 0, span, low.abs().to(span.dtype))
+        span = torch.where(span > 0, span, torch.ones_like(span))
+        self.log2_step.copy_(torch.log2(span / (2.0**bits - 1.0)))
+        self.project(weight, bits)
+
+
+@contextmanager
+def quantization_disabled(module: nn.Module) -> Generator[None]:
+    """Run a prepared model at identity precision inside the ``with`` block.
+
+    Args:
+        module: anything that contains quantizers; they are switched back afterwards.
+    """
+    quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
+    switches = [q.enabled for q in quantizers]
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer, enabled in zip(quantizers, switches, strict=True):
+            quantizer.enabled = enabled
