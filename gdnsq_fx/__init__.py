@@ -1,0 +1,64 @@
+"""Capture, analyze, quantize, fine-tune and convert any PyTorch model.
+
+    qmodel = gdnsq_fx.prepare(model, example_input)
+    print(gdnsq_fx.analyze(qmodel, batches))
+    gdnsq_fx.finetune(qmodel, train_batches, steps=2000)
+    imodel = gdnsq_fx.convert(qmodel)
+    gdnsq_fx.save(imodel, "model.safetensors")
+
+The method is GDNSQ (arXiv 2508.14004).
+"""
+
+from gdnsq_fx.analysis.report import CapacityReport, EdgeReport
+from gdnsq_fx.api import analyze, convert, load, prepare, save
+from gdnsq_fx.errors import (
+    BatchStructureError,
+    BudgetError,
+    CalibrationError,
+    CaptureError,
+    ConfigError,
+    DeviceMismatchError,
+    FileFormatError,
+    GdnsqError,
+    MissingExtraError,
+    NothingToQuantizeError,
+    PassError,
+    PatternError,
+    TrainingDivergedError,
+)
+from gdnsq_fx.quantize.quantizer import quantization_disabled
+from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
+from gdnsq_fx.training.finetune import FinetuneResult, finetune
+from gdnsq_fx.training.schedule import Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchStructureError",
+    "BudgetError",
+    "CalibrationError",
+    "CapacityReport",
+    "CaptureError",
+    "ConfigError",
+    "DeviceMismatchError",
+    "EdgeReport",
+    "FileFormatError",
+    "FinetuneResult",
+    "GdnsqError",
+    "MissingExtraError",
+    "NothingToQuantizeError",
+    "Override",
+    "PassError",
+    "PatternError",
+    "QuantConfig",
+    "QuantSpec",
+    "Schedule",
+    "TrainingDivergedError",
+    "analyze",
+    "convert",
+    "finetune",
+    "load",
+    "prepare",
+    "quantization_disabled",
+    "save",
+]

@@ -1,0 +1,1 @@
+"""Capacity analysis: formulas, divergence, cuts, coverage, and the report."""

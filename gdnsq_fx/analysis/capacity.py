@@ -1,0 +1,62 @@
+"""Formulas of one noisy channel: capacity, entropy, signal to noise. Bits are log2.
+
+Source: GDNSQ (arXiv 2508.14004): an edge quantized to L levels is a channel that
+carries at most log2(L) bits per element; the entropy of its codes is what it does carry.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_SQNR_DB = 200.0
+
+
+def capacity_bits(elements: Tensor, levels: Tensor) -> float:
+    """sum_c N_c * log2(L_c), bits.
+
+    Args:
+        elements: elements of each scale group, or one number.
+        levels: levels of each scale group, of a broadcastable shape.
+    """
+    return float((elements * torch.log2(levels.double())).sum())
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """sum_c N_c * H(counts_c / N_c), bits, of histograms along the last dimension.
+
+    Args:
+        counts: occurrences of each code, ``[..., codes]``; N_c is the sum of a row.
+    """
+    counts = counts.double()
+    totals = counts.sum(-1, keepdim=True).clamp(min=1.0)
+    shares = counts / totals
+    return float(-(counts * shares.clamp(min=1e-300).log2()).sum())
+
+
+def grouped_entropy_bits(codes: Tensor, groups: int) -> float:
+    """Entropy of whole codes where each scale group has an alphabet of its own, bits.
+
+    Args:
+        codes: ``[groups, elements]`` codes as floats.
+        groups: number of scale groups.
+    """
+    rows = codes.reshape(groups, -1)
+    alphabets = torch.arange(groups, device=codes.device, dtype=torch.long)
+    shifted = rows.long() + alphabets.unsqueeze(1) * (int(rows.max()) + 1)
+    counts = torch.unique(shifted, return_counts=True)[1].double()
+    return float(-(counts * (counts / rows.shape[1]).log2()).sum())
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise), dB; at most 200 where the edge is exact.
+
+    Args:
+        signal: sum of squares of the value.
+        noise: sum of squares of the quantization error.
+    """
+    if noise <= signal * 10.0 ** (-MAX_SQNR_DB / 10.0):
+        return MAX_SQNR_DB
+    return 10.0 * math.log10(max(signal, 1e-300) / noise)

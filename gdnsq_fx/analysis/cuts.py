@@ -1,0 +1,112 @@
+"""The network as a flow of bits: its graph and its minimum cut (networkx).
+
+Every value of the graph is a node that carries so many bits per sample: the capacity of
+its quantizer, or 32 bits an element where it is floating point. A value read twice still
+carries its bits once, so capacities belong to nodes; for the cut each node is split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+from torch.fx import GraphModule, Node
+
+from gdnsq_fx.annotations import facts
+
+FLOAT_BITS = 32
+_SOURCE, _SINK = "source", "sink"
+
+
+@dataclass(frozen=True)
+class MinimumCut:
+    """The narrowest set of values between the model's inputs and its last quantizer.
+
+    Attributes:
+        values: names of edges (or nodes, where the value is floating point) in the cut.
+        bits: bits per sample that they carry together.
+        float_bits: bits per sample that floating point sends across the same cut.
+    """
+
+    values: tuple[str, ...]
+    bits: float
+    float_bits: float
+
+    @property
+    def share(self) -> float:
+        """Bits of the quantized model over those of floating point, 0..1."""
+        return self.bits / self.float_bits if self.float_bits else 0.0
+
+
+def capacity_graph(graph_module: GraphModule) -> nx.DiGraph[str]:
+    """Values that flow from the inputs to the output, as a directed graph.
+
+    Nodes carry ``label`` (edge or layer name), ``bits`` and ``float_bits`` per sample,
+    and ``quantized``; edges carry ``capacity``, the bits of their producer.
+    """
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    flowing: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        producers = [p for p in node.all_input_nodes if p in flowing]
+        enters = node.op == "placeholder"
+        leaves = node.op == "output"
+        if not (enters or producers) or not (leaves or facts(node).elements):
+            continue
+        flowing.add(node)
+        graph.add_node(node.name, op=node.op, **_bits(node))
+        for producer in producers:
+            capacity = graph.nodes[producer.name]["bits"]
+            graph.add_edge(producer.name, node.name, capacity=capacity)
+    return graph
+
+
+def minimum_cut(graph: nx.DiGraph[str]) -> MinimumCut | None:
+    """The narrowest cut upstream of the last quantizers; None without a path.
+
+    Values after the last quantizer (the logits, which are narrow in any precision)
+    cannot be cut.
+    """
+    split: nx.DiGraph[str] = nx.DiGraph()
+    cuttable = _upstream_of_quantizers(graph)
+    for name, data in graph.nodes(data=True):
+        limit = {"capacity": data["bits"]} if name in cuttable else {}
+        split.add_edge(f"{name}:in", f"{name}:out", **limit)
+        if data["op"] == "placeholder":
+            split.add_edge(_SOURCE, f"{name}:in")
+        if data["op"] == "output":
+            split.add_edge(f"{name}:out", _SINK)
+    for producer, consumer in graph.edges:
+        split.add_edge(f"{producer}:out", f"{consumer}:in")
+    if _SOURCE not in split or _SINK not in split:
+        return None
+    try:
+        bits, (near, far) = nx.minimum_cut(split, _SOURCE, _SINK)
+    except nx.NetworkXUnbounded:
+        return None
+    names = [n for n in graph if f"{n}:in" in near and f"{n}:out" in far]
+    data = [graph.nodes[n] for n in names]
+    return MinimumCut(
+        tuple(d["label"] for d in data), float(bits), sum(d["float_bits"] for d in data)
+    )
+
+
+def _bits(node: Node) -> dict[str, Any]:
+    found = facts(node)
+    float_bits = float(found.elements * FLOAT_BITS)
+    quantized = found.edge is not None
+    return {
+        "label": found.layer or node.name,
+        "bits": found.edge.capacity if found.edge is not None else float_bits,
+        "float_bits": float_bits,
+        "quantized": quantized,
+    }
+
+
+def _upstream_of_quantizers(graph: nx.DiGraph[str]) -> set[str]:
+    """Quantized values and all before them; nodes stand in topological order."""
+    found: set[str] = set()
+    for name in reversed(list(graph)):
+        if graph.nodes[name]["quantized"] or not found.isdisjoint(graph[name]):
+            found.add(name)
+    return found

@@ -1,0 +1,96 @@
+"""Jeffreys divergence between outputs, and its second-order prediction.
+
+With p the softmax output and J the Jacobian of the logits with respect to an edge whose
+error is e, to second order KL = 1/2 |S' J e|^2 with ``S = diag(sqrt p) - p sqrt(p)'``
+(``S S' = diag(p) - p p'``), and the Jeffreys divergence KL(p||q) + KL(q||p) is twice
+that. For random signs v, ``E_v[(v' S' J e)^2] = |S' J e|^2``: one backward pass from
+``S v`` serves every edge at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from gdnsq_fx.errors import GdnsqError
+
+Curvature = Literal["softmax", "identity"]
+
+
+def primary_output(output: Any) -> Tensor:
+    """The tensor of a model's output that is compared: ``logits`` or the first one.
+
+    Args:
+        output: a tensor, tuple, dict or dataclass-like output.
+
+    Raises:
+        GdnsqError: there is no floating-point tensor in it.
+    """
+    named = output.get("logits") if isinstance(output, dict) else None
+    if named is None:
+        named = getattr(output, "logits", None)
+    for leaf in [named, *tree_leaves(output)]:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise GdnsqError(
+        f"the model's output ({type(output).__name__}) holds no floating-point tensor "
+        "to compare; pass a loss of your own"
+    )
+
+
+def class_dim(logits: Tensor) -> int:
+    """Dimension of the classes: 1 for dense maps ``[B, C, H, W, ...]``, else the last."""
+    return 1 if logits.ndim >= 4 else logits.ndim - 1
+
+
+def jeffreys(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(p||q) + KL(q||p) of each sample, in nats (GDNSQ, "metric smoothing").
+
+    Args:
+        logits, reference: ``[B, C]``, ``[B, ..., C]`` or dense ``[B, C, H, W]``;
+            divergences of several positions of one sample add up.
+
+    Returns:
+        ``[B]`` divergences, at least 0.
+    """
+    dim = class_dim(logits)
+    log_p = torch.log_softmax(logits.float(), dim)
+    log_q = torch.log_softmax(reference.float(), dim)
+    each = (log_p.exp() - log_q.exp()) * (log_p - log_q)
+    return each.reshape(each.shape[0], -1).sum(1)
+
+
+def curvature_root(logits: Tensor, signs: Tensor, curvature: Curvature) -> Tensor:
+    """S v: the signs seen through the square root of the output's curvature.
+
+    Args:
+        logits: output of the floating-point model.
+        signs: v, +-1, of the same shape.
+        curvature: ``softmax`` for logits; ``identity`` for a mean squared error.
+    """
+    if curvature == "identity":
+        return signs
+    dim = class_dim(logits)
+    p = torch.softmax(logits.float(), dim)
+    root = p.sqrt()
+    spread = root * signs - p * (root * signs).sum(dim, keepdim=True)
+    return spread.to(logits.dtype)
+
+
+def sample_products(gradient: Tensor, error: Tensor, batch: int) -> Tensor:
+    """Inner product of gradient and error for each sample, not squared yet.
+
+    Args:
+        gradient, error: same shape, the samples leading (``[B, ...]`` or ``[B*T, ...]``).
+        batch: B.
+
+    Returns:
+        ``[B]``, or ``[1]`` where samples do not lead: signs of different samples are
+        independent, so the square of the sum has the same mean, with more variance.
+    """
+    product = gradient.float() * error.float()
+    leads = product.ndim > 0 and product.shape[0] % batch == 0
+    return product.reshape(batch if leads else 1, -1).sum(1)

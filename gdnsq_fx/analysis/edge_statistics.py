@@ -1,0 +1,102 @@
+"""What is summed up for one edge while batches stream by, and the facts made of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from gdnsq_fx.analysis.capacity import (
+    capacity_bits,
+    entropy_bits,
+    grouped_entropy_bits,
+    sqnr_db,
+)
+from gdnsq_fx.annotations import EdgeFacts
+from gdnsq_fx.quantize.functions import from_codes
+from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from gdnsq_fx.sites import activation_sites, bit_width, weight_sites
+
+
+class EdgeStatistics:
+    """Running sums of one edge; memory does not grow with the number of batches."""
+
+    def __init__(self, levels: int) -> None:
+        self.levels = levels
+        self.elements = 0
+        self.signal = 0.0
+        self.noise = 0.0
+        self.clipped = 0
+        self.divergence = 0.0
+        self.counts = torch.zeros(levels, dtype=torch.long)
+
+    def add_activation(self, quantizer: ActivationQuantizer, value: Tensor) -> Tensor:
+        """Take note of a batch; returns the quantization error, of the value's shape."""
+        codes = quantizer.codes(value)
+        quantized = from_codes(codes, quantizer.step, quantizer.offset)
+        error = quantized.to(value.dtype) - value
+        counts = torch.bincount(codes.reshape(-1).long(), minlength=self.levels)
+        self.counts += counts.to(self.counts.device)
+        self.elements += value.numel()
+        self.signal += float(value.double().square().sum())
+        self.noise += float(error.double().square().sum())
+        self.clipped += int(quantizer.clipped(value).sum())
+        return error
+
+    def add_divergence(self, products: Tensor, weight: float) -> None:
+        """Add squared per-sample products of one draw."""
+        self.divergence += weight * float(products.double().square().sum())
+
+    def facts(self, samples: int) -> EdgeFacts:
+        """The facts of an activation edge, per sample."""
+        elements = self.elements // samples
+        levels = torch.tensor(self.levels)
+        return EdgeFacts(
+            elements=elements,
+            bits=bit_width(self.levels),
+            capacity=capacity_bits(torch.tensor(elements), levels),
+            entropy=entropy_bits(self.counts) / samples,
+            sqnr_db=sqnr_db(self.signal, self.noise),
+            clipped=self.clipped / max(self.elements, 1),
+            predicted_divergence=self.divergence / samples,
+        )
+
+
+class WeightStatistics(EdgeStatistics):
+    """A weight is the same in every batch: all but the divergence is known at once."""
+
+    @torch.no_grad()
+    def __init__(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
+        levels = quantizer.levels(weight)
+        super().__init__(int(levels.max()))
+        view = quantizer.layout.grouped(weight)
+        kept = [d for d in range(view.ndim) if d not in quantizer.dims]
+        codes = quantizer.layout.grouped(quantizer.codes(weight))
+        codes = codes.permute(*kept, *quantizer.dims)
+        groups = levels.numel()
+        error = (quantizer.quantize(weight) - weight).double()
+        self.elements = weight.numel()
+        self.signal = float(weight.double().square().sum())
+        self.noise = float(error.square().sum())
+        self.capacity = capacity_bits(torch.tensor(weight.numel() / groups), levels)
+        self.entropy = grouped_entropy_bits(codes, groups)
+
+    def facts(self, samples: int) -> EdgeFacts:
+        """The facts of a weight edge; elements and bits are those of the tensor."""
+        return EdgeFacts(
+            elements=self.elements,
+            bits=bit_width(self.levels),
+            capacity=self.capacity,
+            entropy=self.entropy,
+            sqnr_db=sqnr_db(self.signal, self.noise),
+            clipped=0.0,
+            predicted_divergence=self.divergence / samples,
+        )
+
+
+def statistics_of(graph_module: GraphModule) -> dict[str, EdgeStatistics]:
+    """Empty statistics for every quantized edge of a graph, by name."""
+    found = {s.edge: EdgeStatistics(s.quantizer.levels()) for s in activation_sites(graph_module)}
+    for site in weight_sites(graph_module):
+        found[site.edge] = WeightStatistics(site.quantizer, site.weight().detach())
+    return found

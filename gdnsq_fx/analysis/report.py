@@ -1,0 +1,159 @@
+"""`CapacityReport`: what `analyze` found, for people, programs and networkx."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+from torch.fx import GraphModule
+
+from gdnsq_fx.analysis.coverage import Coverage, Totals, coverage_of, totals_of
+from gdnsq_fx.analysis.cuts import MinimumCut, capacity_graph, minimum_cut
+from gdnsq_fx.analysis.html import html_page
+from gdnsq_fx.analysis.text import report_text
+from gdnsq_fx.annotations import EdgeFacts, facts
+from gdnsq_fx.errors import PassError
+from gdnsq_fx.sites import ActivationSite, WeightSite, sites
+
+BOTTLENECK_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class EdgeReport:
+    """One quantized edge. Units: bits per sample, dB, nats per sample.
+
+    Attributes:
+        name: ``layer.input`` or ``layer.weight``.
+        op: operation that reads it first.
+        shape: of the value, with batch size 1 for activations.
+        bits: hard bit-width now; ``target_bits`` is the one to meet.
+        bottleneck: among the fewest edges whose predicted divergences make up half of
+            the sum over all edges.
+
+    The rest as in `EdgeFacts`; utilisation is entropy / capacity.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    bits: int
+    target_bits: int
+    capacity: float
+    entropy: float
+    utilisation: float
+    sqnr_db: float
+    clipped: float
+    predicted_divergence: float
+    measured_divergence: float | None
+    bottleneck: bool
+
+
+@dataclass(frozen=True)
+class CapacityReport:
+    """Capacity, entropy and predicted divergence of every edge; cut, totals, coverage.
+
+    ``print(report)`` shows the table; `graph` is the network as a flow of bits.
+
+    Attributes:
+        edges: sorted by predicted divergence, worst first.
+        cut: the minimum cut, None where no path leads from an input to the output.
+    """
+
+    edges: tuple[EdgeReport, ...]
+    cut: MinimumCut | None
+    totals: Totals
+    coverage: Coverage
+    graph: nx.DiGraph[str] = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def to_text(self, limit: int | None = 40) -> str:
+        """The report as plain text, the worst ``limit`` edges (None: all)."""
+        return report_text(self, limit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the graph, JSON-able."""
+        cut = None if self.cut is None else {**asdict(self.cut), "share": self.cut.share}
+        return {
+            "edges": [{**asdict(e), "shape": list(e.shape)} for e in self.edges],
+            "minimum_cut": cut,
+            "totals": asdict(self.totals),
+            "coverage": asdict(self.coverage),
+        }
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """One self-contained page; written to ``path`` where given."""
+        page = html_page(self)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+
+def build_report(graph_module: GraphModule) -> CapacityReport:
+    """The report from the facts that `AnalyzeCapacity` left on the graph.
+
+    Raises:
+        PassError: the analysis has not run on this graph.
+    """
+    found = [(site, facts(site.node).edge) for site in sites(graph_module)]
+    measured = [(site, edge) for site, edge in found if edge is not None]
+    if not measured or len(measured) < len(found):
+        raise PassError("no facts on the quantizers; run AnalyzeCapacity first")
+    measured.sort(key=lambda pair: pair[1].predicted_divergence, reverse=True)
+    marked = _bottlenecks([edge.predicted_divergence for _, edge in measured])
+    graph = capacity_graph(graph_module)
+    return CapacityReport(
+        edges=tuple(
+            _edge_report(site, edge, rank < marked)
+            for rank, (site, edge) in enumerate(measured)
+        ),
+        cut=minimum_cut(graph),
+        totals=totals_of(graph_module),
+        coverage=coverage_of(graph_module),
+        graph=graph,
+    )
+
+
+def _bottlenecks(divergences: list[float]) -> int:
+    """How many of the worst edges make up half of all predicted divergence."""
+    half = BOTTLENECK_SHARE * sum(divergences)
+    running = 0.0
+    for count, divergence in enumerate(divergences, start=1):
+        running += divergence
+        if running >= half and running > 0.0:
+            return count
+    return 0
+
+
+def _edge_report(
+    site: WeightSite | ActivationSite, edge: EdgeFacts, bottleneck: bool
+) -> EdgeReport:
+    readers = [facts(n).op for n in site.node.users]
+    return EdgeReport(
+        name=site.edge,
+        op=next((op.name for op in readers if op is not None), ""),
+        shape=_shape(site),
+        bits=edge.bits,
+        target_bits=site.quantizer.spec.bits,
+        capacity=edge.capacity,
+        entropy=edge.entropy,
+        utilisation=edge.entropy / edge.capacity if edge.capacity else 0.0,
+        sqnr_db=edge.sqnr_db,
+        clipped=edge.clipped,
+        predicted_divergence=edge.predicted_divergence,
+        measured_divergence=edge.measured_divergence,
+        bottleneck=bottleneck,
+    )
+
+
+def _shape(site: WeightSite | ActivationSite) -> tuple[int, ...]:
+    found = facts(site.node)
+    if found.shape is None:
+        return ()
+    if isinstance(site, WeightSite) or not found.shape:
+        return found.shape
+    leads = found.shape[0] % max(found.batch, 1) == 0
+    return (found.shape[0] // found.batch, *found.shape[1:]) if leads else found.shape

@@ -1,0 +1,173 @@
+"""The facade: each function reads as a list of named steps."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from gdnsq_fx.analysis.divergence import Curvature
+from gdnsq_fx.analysis.report import CapacityReport, build_report
+from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
+from gdnsq_fx.capture.capture import capture
+from gdnsq_fx.deploy import checkpoint
+from gdnsq_fx.inputs import ExampleInput, InputStructure, check_device
+from gdnsq_fx.passes import (
+    AnalyzeCapacity,
+    AnnotateOperations,
+    Calibrate,
+    ExposeWeights,
+    FoldBatchNorm,
+    FreezeQuantizers,
+    InsertQuantizers,
+    LowerToInteger,
+    PropagateShapes,
+    run_passes,
+)
+from gdnsq_fx.spec import QuantConfig
+
+
+def prepare(
+    model: nn.Module,
+    example_input: ExampleInput,
+    config: QuantConfig | None = None,
+    calibration: Iterable[Any] | None = None,
+    *,
+    fold_batch_norm: bool = False,
+) -> GraphModule:
+    """Capture a model and insert calibrated, learnable quantizers.
+
+    Args:
+        model: any module; it is left untouched.
+        example_input: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        config: bits, estimators, what to include; W4A4 by default.
+        calibration: batches that place the levels, alone or followed by targets;
+            without them the example input does, with a warning.
+        fold_batch_norm: fold BatchNorm into the layers before it (evaluation only).
+
+    Returns:
+        A GraphModule in the model's mode whose ``state_dict()`` holds every key of the
+        model's, plus ``quantizers.*``.
+
+    Raises:
+        CaptureError, ConfigError, PatternError, NothingToQuantizeError,
+        CalibrationError, BatchStructureError, DeviceMismatchError: as they say.
+    """
+    config = config or QuantConfig()
+    inputs = InputStructure.of(example_input)
+    if calibration is None:
+        calibration = [example_input]
+        warnings.warn(
+            "no calibration batches: levels are placed from the example input alone; "
+            "pass calibration=batches of real data",
+            stacklevel=2,
+        )
+    captured = _with_quantizers(model, example_input, config, fold_batch_norm)
+    return run_passes(captured, (Calibrate(calibration, inputs),))
+
+
+def analyze(
+    qmodel: GraphModule,
+    batches: Iterable[Any],
+    *,
+    draws: int = 4,
+    confirm: int = 0,
+    curvature: Curvature = "softmax",
+) -> CapacityReport:
+    """Measure where quantization costs information; the model is left as it was.
+
+    Args:
+        qmodel: a prepared model.
+        batches: real data, alone or followed by targets.
+        draws: random sign vectors for each batch; more of them, less variance.
+        confirm: measure this many of the worst edges as well, one at a time.
+        curvature: ``softmax`` where outputs are logits, ``identity`` for regression.
+
+    Raises:
+        CalibrationError: no batch. PassError: not a prepared model.
+    """
+    inputs = model_facts(qmodel).inputs
+    run_passes(
+        qmodel, (AnalyzeCapacity(batches, inputs, draws, confirm, curvature),)
+    )
+    return build_report(qmodel)
+
+
+def convert(qmodel: GraphModule) -> GraphModule:
+    """Freeze to whole levels and emit the integer graph; ``qmodel`` is left as it was.
+
+    Returns:
+        A plain GraphModule in evaluation mode with integer weights, that computes
+        exactly what the fine-tuned model computes in evaluation.
+
+    Raises:
+        PassError: not a prepared model, or not calibrated.
+    """
+    model_facts(qmodel)
+    frozen = copy.deepcopy(qmodel).eval()
+    return run_passes(frozen, (FreezeQuantizers(), LowerToInteger()))
+
+
+def save(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
+    """Write a converted model as one safetensors file with bit-packed weights.
+
+    Args:
+        imodel: what `convert` returned.
+        path: file to write, atomically.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        PassError: not a converted model.
+    """
+    return checkpoint.write(imodel, path)
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module, example_input: ExampleInput
+) -> GraphModule:
+    """Read a converted model back; nothing is unpickled.
+
+    Args:
+        path: a file that `save` wrote.
+        model: an instance of the original class, with any weights; left untouched.
+        example_input: as for `prepare`.
+
+    Returns:
+        The converted model, in evaluation mode.
+
+    Raises:
+        FileFormatError: the file is truncated, foreign, or of another model.
+        FileNotFoundError: there is no file.
+    """
+    contents = checkpoint.read(path)
+    skeleton = _with_quantizers(model, example_input, contents.config, fold=False)
+    checkpoint.place_levels(skeleton, contents)
+    return checkpoint.fill(convert(skeleton), contents)
+
+
+def _with_quantizers(
+    model: nn.Module, example_input: ExampleInput, config: QuantConfig, fold: bool
+) -> GraphModule:
+    """Captured, annotated, with quantizers that are not calibrated yet."""
+    inputs = InputStructure.of(example_input)
+    args, kwargs = inputs.args_kwargs(example_input)
+    check_device(model, args, kwargs)
+    captured = capture(model, args, kwargs)
+    captured.meta[KEY] = ModelFacts(config, inputs)
+    return run_passes(
+        captured,
+        (
+            AnnotateOperations(),
+            ExposeWeights(),
+            *((FoldBatchNorm(),) if fold else ()),
+            PropagateShapes(args, kwargs),
+            InsertQuantizers(config),
+        ),
+    )

@@ -1,0 +1,141 @@
+"""A converted model in one safetensors file, and back.
+
+The file holds the state of the integer graph, its codes bit-packed, and how the model
+was quantized. It is read into an instance of the original class.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from gdnsq_fx.annotations import model_facts
+from gdnsq_fx.deploy.files import read_file, write_file
+from gdnsq_fx.deploy.integer import dequantize, quantize
+from gdnsq_fx.errors import ConfigError, FileFormatError, PassError
+from gdnsq_fx.sites import WeightSite, bit_width, sites
+from gdnsq_fx.spec import QuantConfig
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+        path: the file, for messages.
+        config: how the model was quantized.
+        max_codes: largest code of each activation edge, by its ``quantizers.`` path.
+        tensors: state of the integer graph.
+    """
+
+    path: str
+    config: QuantConfig
+    max_codes: dict[str, int]
+    tensors: dict[str, Tensor]
+
+
+def write(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
+    """Write the file; returns its size in bytes.
+
+    Raises:
+        PassError: not a converted model.
+    """
+    codes = _weight_codes(imodel)
+    if not codes:
+        raise PassError(
+            "only a converted model can be saved; call gdnsq_fx.convert(qmodel) first"
+        )
+    description = {
+        "config": model_facts(imodel).config.to_dict(),
+        "max_codes": _max_codes(imodel),
+    }
+    return write_file(path, imodel.state_dict(), codes, description)
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
+    """Read a file.
+
+    Raises:
+        FileFormatError: it is truncated, foreign, or its description is not ours.
+    """
+    found = read_file(path)
+    try:
+        config: Any = found.description["config"]
+        max_codes: Any = found.description["max_codes"]
+        checked = {str(k): int(v) for k, v in max_codes.items()}
+        return Contents(
+            str(Path(path)), QuantConfig.from_dict(config), checked, dict(found.tensors)
+        )
+    except (KeyError, AttributeError, TypeError, ValueError, ConfigError) as error:
+        raise FileFormatError(
+            f"{path} does not describe a converted model ({error}); write it again with "
+            "gdnsq_fx.save"
+        ) from error
+
+
+@torch.no_grad()
+def place_levels(prepared: GraphModule, contents: Contents) -> None:
+    """Give every activation quantizer the number of levels that the file names.
+
+    Raises:
+        FileFormatError: the model has other edges than the file.
+    """
+    for site in sites(prepared):
+        if isinstance(site, WeightSite):
+            site.quantizer.open_to(site.weight(), site.quantizer.spec.bits)
+            continue
+        target = str(site.node.target)
+        if target not in contents.max_codes:
+            raise _other_model(contents, f"it has no levels for {site.edge}")
+        levels = contents.max_codes[target] + 1
+        if not 1 <= levels <= 1 << 16:
+            raise _other_model(contents, f"{levels} levels on {site.edge}")
+        site.quantizer.lower.fill_(0.0)
+        site.quantizer.log2_step.fill_(0.0)
+        site.quantizer.log2_range.copy_(torch.log2(torch.tensor(float(levels))))
+
+
+def fill(imodel: GraphModule, contents: Contents) -> GraphModule:
+    """Put the file's tensors into the integer graph of the same model.
+
+    Raises:
+        FileFormatError: names or shapes differ.
+    """
+    try:
+        imodel.load_state_dict(contents.tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise _other_model(contents, str(error).splitlines()[-1].strip()) from error
+    return imodel.requires_grad_(False)
+
+
+def _other_model(contents: Contents, cause: str) -> FileFormatError:
+    return FileFormatError(
+        f"{contents.path} does not fit this model: {cause}. Load it into the class, with "
+        "the example input, that it was prepared from"
+    )
+
+
+def _weight_codes(imodel: GraphModule) -> dict[str, int]:
+    """Name of each tensor of weight codes -> bits that hold them."""
+    found: dict[str, int] = {}
+    for node in imodel.graph.find_nodes(op="call_function", target=dequantize):
+        source = node.args[0]
+        if isinstance(source, torch.fx.Node) and source.op == "get_attr":
+            name = str(source.target)
+            codes = imodel.state_dict()[name]
+            found[name] = bit_width(int(codes.max()) + 1)
+    return found
+
+
+def _max_codes(imodel: GraphModule) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for node in imodel.graph.find_nodes(op="call_function", target=quantize):
+        step: Any = node.args[1]
+        found[str(step.target).removesuffix(".step")] = int(node.args[3])
+    return found

@@ -1,0 +1,1 @@
+"""Fine-tuning under a bit budget: loss, constraint, schedule and the loop."""

@@ -1,0 +1,126 @@
+"""Capacities under their targets: the exterior-point penalty and the projection.
+
+    P = C * t * (m_w * mean_i relu(cap_i - T_i + eps) + m_a * mean_j relu(cap_j - T_j + eps))
+
+with C the running mean of the loss, t growing from 0 to 1 through the descent, and m_w,
+m_a the shares of the violated constraints that are on weights and on activations (GDNSQ,
+arXiv 2508.14004). The penalty decides which edges give up bits first. The projection
+onto a slowly lowered cap decides by when: it makes the budget certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from gdnsq_fx.sites import activation_sites, hard_bits, weight_sites
+
+EPSILON = 1e-3
+SMOOTHING = 1e-3
+LOSS_MEMORY = 0.99
+# A well-trained model distils at a loss near 0; the penalty must still bite.
+LOSS_FLOOR = 1e-2
+
+Cap = Callable[[float], float]
+
+
+class Constraint:
+    """The bit budget of a prepared model: each tensor at most its target.
+
+    Args:
+        graph_module: a prepared model; its quantizers are read and projected in place.
+    """
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self._graph_module = graph_module
+        self._weights = weight_sites(graph_module)
+        self._activations = activation_sites(graph_module)
+        self._loss_scale: Tensor | None = None
+
+    @property
+    def targets(self) -> dict[str, int]:
+        """Target bit-width of every edge."""
+        every = [*self._weights, *self._activations]
+        return {site.edge: site.quantizer.spec.bits for site in every}
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """Update C, the running mean of the loss; call once a step before `penalty`."""
+        loss = loss.detach()
+        if self._loss_scale is None:
+            self._loss_scale = loss.clone()
+            return
+        self._loss_scale.lerp_(loss, 1.0 - LOSS_MEMORY)
+
+    def penalty(self, growth: float) -> Tensor:
+        """The penalty, a differentiable scalar in units of the loss.
+
+        Args:
+            growth: t, how strong it is by now.
+        """
+        weights = [
+            _excess(s.quantizer.capacity(s.weight()), s.quantizer.spec.bits)
+            for s in self._weights
+        ]
+        activations = [
+            _excess(s.quantizer.capacity(), s.quantizer.spec.bits)
+            for s in self._activations
+        ]
+        violated_w, violated_a = _violated(weights), _violated(activations)
+        total = violated_w + violated_a + 2.0 * SMOOTHING
+        penalty = (violated_w + SMOOTHING) / total * _mean(weights)
+        penalty = penalty + (violated_a + SMOOTHING) / total * _mean(activations)
+        scale = LOSS_FLOOR if self._loss_scale is None else self._loss_scale
+        return penalty * torch.as_tensor(scale).clamp(min=LOSS_FLOOR) * growth
+
+    @torch.no_grad()
+    def project(self, cap: Cap) -> None:
+        """Raise steps until every capacity is at most ``cap(target)``."""
+        for site in self._weights:
+            weight = site.weight()
+            site.quantizer.project(weight, cap(site.quantizer.spec.bits))
+        for activation in self._activations:
+            activation.quantizer.project(cap(activation.quantizer.spec.bits))
+
+    @torch.no_grad()
+    def open_to(self, bits: float) -> None:
+        """Start over at ``bits`` where the target is lower than that."""
+        for site in self._weights:
+            if site.quantizer.spec.bits < bits:
+                site.quantizer.open_to(site.weight(), bits)
+        for activation in self._activations:
+            if activation.quantizer.spec.bits < bits:
+                activation.quantizer.open_to(bits)
+
+    @torch.no_grad()
+    def mean_capacity(self) -> float:
+        """Mean capacity over all edges, bits per element."""
+        found = [s.quantizer.capacity(s.weight()).mean() for s in self._weights]
+        found += [s.quantizer.capacity() for s in self._activations]
+        return float(torch.stack([f.float() for f in found]).mean())
+
+    def violations(self) -> dict[str, tuple[int, int]]:
+        """Edges above target: name -> (hard bit-width, target)."""
+        targets = self.targets
+        return {
+            edge: (bits, targets[edge])
+            for edge, bits in hard_bits(self._graph_module).items()
+            if bits > targets[edge]
+        }
+
+
+def _excess(capacity: Tensor, target: float) -> Tensor:
+    return torch.relu(capacity.float() - target + EPSILON).mean()
+
+
+def _violated(excesses: list[Tensor]) -> Tensor:
+    """How many excesses exceed the margin alone."""
+    if not excesses:
+        return torch.tensor(0.0)
+    return (torch.stack(excesses).detach() > EPSILON).sum()
+
+
+def _mean(excesses: list[Tensor]) -> Tensor:
+    return torch.stack(excesses).mean() if excesses else torch.tensor(0.0)

@@ -1,0 +1,318 @@
+"""`finetune`: the loop that brings every edge to its bits and keeps the accuracy."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from tqdm.auto import tqdm
+
+from gdnsq_fx.annotations import model_facts
+from gdnsq_fx.errors import (
+    BatchStructureError,
+    BudgetError,
+    ConfigError,
+    TrainingDivergedError,
+)
+from gdnsq_fx.inputs import Batch, InputStructure, check_device
+from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.sites import hard_bits
+from gdnsq_fx.training.constraint import Constraint
+from gdnsq_fx.training.losses import TaskLoss, distillation_loss
+from gdnsq_fx.training.schedule import Schedule
+
+Validate = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of the history.
+
+    Attributes:
+        step: optimizer step, from 0.
+        loss: loss without the penalty.
+        mean_bits: mean capacity over all edges, bits per element.
+        metric: what ``validate`` returned, None where it was not called.
+    """
+
+    step: int
+    loss: float
+    mean_bits: float
+    metric: float | None = None
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What fine-tuning reached. ``budget_met`` is always True: a miss is an error.
+
+    Attributes:
+        steps: optimizer steps taken.
+        bits: hard bit-width of every edge.
+        target_bits: its target.
+        budget_met: every hard bit-width is at or under its target.
+        metric: ``validate`` of the final model, None without one.
+        history: records through the run.
+        seconds: wall-clock time.
+    """
+
+    steps: int
+    bits: dict[str, int]
+    target_bits: dict[str, int]
+    budget_met: bool
+    metric: float | None
+    seconds: float
+    history: tuple[StepRecord, ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        widest = max(self.bits.values(), default=0)
+        lines = [
+            f"fine-tuned {self.steps} steps in {self.seconds:.0f} s; "
+            f"{len(self.bits)} edges, all at or under target (widest: {widest} bits)"
+        ]
+        if self.metric is not None:
+            lines.append(f"metric {self.metric:.4g}")
+        return "\n".join(lines)
+
+
+def finetune(
+    qmodel: GraphModule,
+    train_batches: Iterable[Any],
+    *,
+    steps: int,
+    teacher: nn.Module | None = None,
+    task_loss: TaskLoss | None = None,
+    distillation: float = 1.0,
+    distillation_loss: TaskLoss = distillation_loss,
+    validate: Validate | None = None,
+    validate_every: int | None = None,
+    schedule: Schedule | None = None,
+    lr: float = 1e-3,
+    max_grad_norm: float = 10.0,
+    progress: bool = True,
+) -> FinetuneResult:
+    """Fine-tune in place until every edge is at or under its target bit-width.
+
+    Args:
+        qmodel: a prepared model; it is left in evaluation mode.
+        train_batches: batches, alone or followed by targets. Iterated again and again;
+            a one-shot iterator must last for all steps.
+        steps: optimizer steps; the budget is met for any number of them.
+        teacher: floating-point model to imitate; by default the weights that ``qmodel``
+            has now, at identity precision.
+        task_loss: ``(output, targets) -> scalar`` to add to the distillation.
+        distillation: weight of the distillation loss; 0 trains on ``task_loss`` alone.
+        distillation_loss: ``(output, teacher output) -> scalar``; Jeffreys by default.
+        validate: ``(model) -> metric``, called in evaluation mode at the end.
+        validate_every: also call it every so many steps.
+        schedule: how bits and rates go down; `Schedule(steps)` by default.
+        lr: learning rate of weights (Adam); quantizers have their own (see `Schedule`).
+        max_grad_norm: gradients are clipped to this norm.
+        progress: show a progress bar.
+
+    Returns:
+        A `FinetuneResult`.
+
+    Raises:
+        ConfigError: nothing to minimize, or a schedule for other steps.
+        BatchStructureError: a batch has another structure, or too few batches.
+        TrainingDivergedError: loss or gradients became NaN or infinite; the model holds
+            the last good state.
+        BudgetError: an edge stayed above its target.
+    """
+    schedule = schedule or Schedule(steps)
+    if schedule.steps != steps:
+        raise ConfigError(f"the schedule is for {schedule.steps} steps, not {steps}")
+    if task_loss is None and distillation == 0.0:
+        raise ConfigError("nothing to minimize: give task_loss, or distillation > 0")
+    inputs = model_facts(qmodel).inputs
+    objective = _Objective(qmodel, teacher, task_loss, distillation, distillation_loss)
+    started = time.monotonic()
+    run = _Run(qmodel, objective, schedule, lr, max_grad_norm)
+    batches = _endless(train_batches, inputs, steps)
+    with tqdm(range(steps), desc="fine-tune", disable=not progress, unit="step") as bar:
+        for step in bar:
+            loss = run.step(step, next(batches))
+            due = validate_every is not None and (step + 1) % validate_every == 0
+            if due or run.records_at(step):
+                metric = _validated(qmodel, validate) if due else None
+                bar.set_postfix(**run.record(step, loss, metric))
+    violations = run.constraint.violations()
+    if violations:
+        raise BudgetError(f"edges above their target bits: {violations}")
+    return FinetuneResult(
+        steps=steps,
+        bits=hard_bits(qmodel),
+        target_bits=run.constraint.targets,
+        budget_met=True,
+        metric=_validated(qmodel.eval(), validate),
+        seconds=time.monotonic() - started,
+        history=tuple(run.history),
+    )
+
+
+class _Objective:
+    """Distillation from a teacher, a task loss, or both."""
+
+    def __init__(
+        self,
+        qmodel: GraphModule,
+        teacher: nn.Module | None,
+        task_loss: TaskLoss | None,
+        distillation: float,
+        distillation_loss: TaskLoss,
+    ) -> None:
+        self.task_loss = task_loss
+        self.weight = distillation
+        self.distillation_loss = distillation_loss
+        # Its own copy: fine-tuning moves the weights of qmodel, and the teacher must
+        # run in evaluation without changing the mode of the caller's model.
+        self.teacher = copy.deepcopy(qmodel if teacher is None else teacher).eval()
+        for module in self.teacher.modules():
+            if isinstance(module, Quantizer):
+                module.enabled = False
+
+    def __call__(self, qmodel: GraphModule, batch: Batch) -> Tensor:
+        check_device(qmodel, batch.args, batch.kwargs)
+        output = qmodel(*batch.args, **batch.kwargs)
+        losses: list[Tensor] = []
+        if self.weight:
+            with torch.no_grad():
+                wanted = self.teacher(*batch.args, **batch.kwargs)
+            losses.append(self.weight * self.distillation_loss(output, wanted))
+        if self.task_loss is not None:
+            if batch.targets is None:
+                raise BatchStructureError(
+                    "task_loss needs targets, and the batch holds inputs alone; yield "
+                    "(inputs, targets)"
+                )
+            losses.append(self.task_loss(output, batch.targets))
+        return torch.stack(losses).sum()
+
+
+class _Run:
+    """One fine-tuning run: optimizer, constraint, history, and the last good state."""
+
+    RECORDS = 100
+    SNAPSHOTS = 20
+
+    def __init__(
+        self,
+        qmodel: GraphModule,
+        objective: _Objective,
+        schedule: Schedule,
+        lr: float,
+        max_grad_norm: float,
+    ) -> None:
+        self.qmodel = qmodel
+        self.objective = objective
+        self.schedule = schedule
+        self.max_grad_norm = max_grad_norm
+        self.constraint = Constraint(qmodel)
+        self.constraint.open_to(schedule.start_bits)
+        self.optimizer = torch.optim.Adam(_parameter_groups(qmodel, schedule, lr))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.history: list[StepRecord] = []
+        self.good_state: dict[str, Tensor] = {}
+
+    def step(self, step: int, batch: Batch) -> Tensor:
+        """Forward, backward, update, projection; returns the loss without penalty."""
+        self.qmodel.train()
+        factor = self.schedule.learning_rate_factor(step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        loss = self.objective(self.qmodel, batch)
+        self.constraint.observe_loss(loss)
+        penalty = self.constraint.penalty(self.schedule.progress(step))
+        self.optimizer.zero_grad()
+        (loss + penalty).backward()
+        norm = nn.utils.clip_grad_norm_(self.qmodel.parameters(), self.max_grad_norm)
+        self._keep_or_restore(step, loss, norm)
+        self.optimizer.step()
+        self.constraint.project(lambda target: self.schedule.cap(step, target))
+        return loss.detach()
+
+    def records_at(self, step: int) -> bool:
+        """Whether this step goes into the history."""
+        every = max(self.schedule.steps // self.RECORDS, 1)
+        return step % every == 0 or step + 1 == self.schedule.steps
+
+    def record(self, step: int, loss: Tensor, metric: float | None) -> dict[str, Any]:
+        """Add to the history; returns what the progress bar shows."""
+        mean_bits = self.constraint.mean_capacity()
+        self.history.append(StepRecord(step, float(loss), mean_bits, metric))
+        shown: dict[str, Any] = {
+            "loss": f"{float(loss):.4f}",
+            "bits": f"{mean_bits:.2f}",
+            "above": len(self.constraint.violations()),
+        }
+        return shown if metric is None else {**shown, "metric": f"{metric:.4g}"}
+
+    def _keep_or_restore(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """A finite step proves the parameters it started from; else go back to those."""
+        if bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            every = max(self.schedule.steps // self.SNAPSHOTS, 1)
+            if step % every == 0:
+                state = self.qmodel.state_dict()
+                self.good_state = {k: v.detach().clone() for k, v in state.items()}
+            return
+        kept = "nothing was changed before it"
+        if self.good_state:
+            self.qmodel.load_state_dict(self.good_state)
+            kept = "the model holds its last good state (its bits may be above target)"
+        raise TrainingDivergedError(
+            f"loss or gradients became NaN or infinite at step {step} "
+            f"(loss {float(loss)}, gradient norm {float(norm)}); {kept}. Lower lr, check "
+            "the batch for NaN, or raise start bits and steps",
+            step,
+        )
+
+
+def _parameter_groups(
+    qmodel: GraphModule, schedule: Schedule, lr: float
+) -> list[dict[str, Any]]:
+    """Weights at ``lr``; each quantizer at the rate that its descent needs."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    ours: set[int] = set()
+    for module in qmodel.modules():
+        if isinstance(module, Quantizer):
+            rate = schedule.quantizer_rate(module.spec.bits)
+            groups.setdefault(rate, []).extend(module.parameters())
+            ours |= {id(p) for p in module.parameters()}
+    weights = [p for p in qmodel.parameters() if p.requires_grad and id(p) not in ours]
+    return [
+        {"params": weights, "lr": lr},
+        *({"params": params, "lr": rate} for rate, params in groups.items()),
+    ]
+
+
+def _endless(
+    batches: Iterable[Any], inputs: InputStructure, steps: int
+) -> Iterator[Batch]:
+    count = 0
+    while True:
+        before = count
+        for count, batch in enumerate(batches, start=count + 1):
+            yield inputs.split(batch)
+        if count == before:
+            raise BatchStructureError(
+                f"train_batches gave {count} of the {steps} batches needed and cannot "
+                "be iterated again; pass a DataLoader or a list instead of an iterator"
+            )
+
+
+def _validated(qmodel: GraphModule, validate: Validate | None) -> float | None:
+    if validate is None:
+        return None
+    was_training = qmodel.training
+    qmodel.eval()
+    try:
+        with torch.no_grad():
+            return float(validate(qmodel))
+    finally:
+        qmodel.train(was_training)

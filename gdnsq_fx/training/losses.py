@@ -1,0 +1,28 @@
+"""What fine-tuning minimizes besides the penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from gdnsq_fx.analysis.divergence import jeffreys, primary_output
+
+TaskLoss = Callable[[Any, Any], Tensor]
+
+
+def distillation_loss(output: Any, teacher_output: Any) -> Tensor:
+    """Jeffreys divergence to the floating-point teacher, mean over the batch, nats.
+
+    Args:
+        output, teacher_output: model outputs of the same structure.
+
+    Source: GDNSQ (arXiv 2508.14004), "metric smoothing".
+    """
+    return jeffreys(primary_output(output), primary_output(teacher_output)).mean()
+
+
+def squared_distillation_loss(output: Any, teacher_output: Any) -> Tensor:
+    """Mean squared difference to the teacher, for outputs that are not logits."""
+    return (primary_output(output) - primary_output(teacher_output)).square().mean()

@@ -1,0 +1,73 @@
+"""How bits and learning rate go down within a given number of steps.
+
+    bits   start ----.___
+                         ``--.____ target -------------- target
+           |<---- descent ------->|<----- hold, anneal ------->|
+
+The paper's constants take tens of thousands of steps to bring 10 bits down to 1. Here
+everything derives from the step budget, so that the last part of any budget trains at
+the final precision.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gdnsq_fx.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Caps and learning-rate factors by step.
+
+    Attributes:
+        steps: optimizer steps in all.
+        start_bits: capacity at which every edge starts, at least its target.
+        descent: share of the steps over which the cap comes down to the target.
+        slow_down: exponent of the descent; above 1 it slows down near the target, where
+            most of the accuracy is at stake (between 2 bits and 1).
+        warm_up: share of the steps over which the learning rate rises.
+    """
+
+    steps: int
+    start_bits: float = 8.0
+    descent: float = 0.5
+    slow_down: float = 2.0
+    warm_up: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        if not 0.0 <= self.descent <= 1.0:
+            raise ConfigError(f"descent is a share, 0..1, got {self.descent}")
+        if not self.start_bits >= 1.0:
+            raise ConfigError(f"start_bits must be at least 1, got {self.start_bits}")
+
+    @property
+    def descent_steps(self) -> int:
+        """Steps before every cap is at its target; the last step always is."""
+        return min(max(round(self.steps * self.descent), 1), self.steps)
+
+    def progress(self, step: int) -> float:
+        """How much of the descent is done after this step (from 0), 0..1."""
+        return min((step + 1) / self.descent_steps, 1.0)
+
+    def cap(self, step: int, target: float) -> float:
+        """Largest capacity, bits per element, allowed after this step."""
+        excess = max(self.start_bits - target, 0.0)
+        return target + excess * (1.0 - self.progress(step)) ** self.slow_down
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up, constant through the descent, then cosine to zero."""
+        warm = min((step + 1) / max(self.steps * self.warm_up, 1.0), 1.0)
+        hold = self.steps - self.descent_steps
+        done = max(step - self.descent_steps, 0) / max(hold, 1)
+        return warm * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+    def quantizer_rate(self, target: float) -> float:
+        """Learning rate of log2 steps and ranges: bits to lose for each descent step.
+
+        An adaptive optimizer moves a parameter by about its learning rate each step.
+        """
+        return max(self.start_bits - target, 1.0) / self.descent_steps

@@ -1,0 +1,88 @@
+"""AnnotateOperations: each call node gets its row of the op table and a layer name.
+
+    %conv1 = call_module[conv1](x)    ->    meta: op=conv2d, layer="conv1"
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from gdnsq_fx.annotations import annotate, facts
+from gdnsq_fx.optable import DEFAULT_TABLE, OpInfo, OpTable
+
+from ._base import Pass
+
+
+@dataclass(frozen=True)
+class AnnotateOperations(Pass):
+    """Write ``op``, ``layer`` and, where nothing is known, the reason for a skip.
+
+    Attributes:
+        table: the op table to ask.
+    """
+
+    table: OpTable = DEFAULT_TABLE
+
+    def rewrite(self, graph_module: GraphModule) -> bool:
+        """Facts only: the graph stays as it is."""
+        for node in graph_module.graph.nodes:
+            if not node.op.startswith("call_"):
+                continue
+            op = self.table.find(node, graph_module)
+            layer = facts(node).layer or _layer_name(node, op)
+            annotate(node, op=op, layer=layer, skip=_unknown(node, op, graph_module))
+        _number_repeated_layers(graph_module)
+        return False
+
+
+def _layer_name(node: Node, op: OpInfo | None) -> str:
+    """Module path where there is one; else that of the weight; else the node name."""
+    if node.op == "call_module":
+        return str(node.target)
+    weight = op.bind(node).get("weight") if op is not None else None
+    source = _parameter_source(weight)
+    if source is not None and "." in str(source.target):
+        return str(source.target).rpartition(".")[0]
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return f"{path}.{node.name}" if path else node.name
+
+
+def _parameter_source(value: Any) -> Node | None:
+    """The get_attr node behind a weight argument, through a quantizer if need be."""
+    while isinstance(value, Node) and value.op == "call_module" and value.args:
+        value = value.args[0]
+    return value if isinstance(value, Node) and value.op == "get_attr" else None
+
+
+def _number_repeated_layers(graph_module: GraphModule) -> None:
+    """A module called twice is two nodes: ``conv`` and ``conv#2``."""
+    seen: Counter[str] = Counter()
+    for node in graph_module.graph.nodes:
+        found = facts(node)
+        if found.op is None or not found.op.is_compute:
+            continue
+        base = found.layer.partition("#")[0]
+        seen[base] += 1
+        if seen[base] > 1:
+            annotate(node, layer=f"{base}#{seen[base]}")
+
+
+def _unknown(node: Node, op: OpInfo | None, owner: GraphModule) -> str | None:
+    """Why a node that holds weights is not quantized: the table does not know it."""
+    if op is not None or node.op != "call_module":
+        return facts(node).skip
+    module = owner.get_submodule(str(node.target))
+    if not _has_weights(module):
+        return None
+    return f"{type(module).__name__} is not in the op table"
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Matrices or kernels, not the vectors of a normalization."""
+    return any(p.ndim >= 2 for p in module.parameters())

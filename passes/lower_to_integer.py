@@ -1,0 +1,100 @@
+"""LowerToInteger: frozen quantizers become explicit integer nodes.
+
+    %conv1_input_q = call_module[quantizers.conv1_input](%x)
+      ->
+    %codes = quantize(%x, %step, %offset, max_code)          # uint8 or int32
+    %conv1_input_q = dequantize(%codes, %step, %offset, float32)
+
+    %conv1_weight_q = call_module[quantizers.conv1_weight](%conv1_weight)
+      ->
+    %codes = get_attr[quantizers.conv1_weight.codes]         # uint8 or int32
+    %conv1_weight_q = dequantize(%codes, %step, %offset, float32)
+
+The result is a plain GraphModule that holds only what the graph uses: the
+floating-point weights are gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from gdnsq_fx.deploy.integer import dequantize, quantize
+from gdnsq_fx.errors import PassError
+from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
+from gdnsq_fx.quantize.quantizer import Quantizer
+
+from ._base import Pass
+
+
+@dataclass(frozen=True)
+class LowerToInteger(Pass):
+    """Emit the integer graph; nothing changes where there is no frozen quantizer."""
+
+    def requires(self, graph_module: GraphModule) -> None:
+        """No quantizer is still learning."""
+        if any(isinstance(m, Quantizer) for m in graph_module.modules()):
+            raise PassError(f"{self.name} needs frozen ones; run FreezeQuantizers first")
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """A new graph module; the given one is used up."""
+        if not self.rewrite(graph_module):
+            return PassResult(graph_module, False)
+        _drop_unread_parameters(graph_module.graph)
+        graph_module.graph.lint()
+        # torch's own class copies just what the graph refers to.
+        lowered = GraphModule(graph_module, graph_module.graph, "IntegerModel")
+        lowered.meta = dict(graph_module.meta)
+        lowered.train(graph_module.training)
+        return PassResult(lowered, True)
+
+    def rewrite(self, graph_module: GraphModule) -> bool:
+        """Replace frozen quantizer nodes in place."""
+        dtype = _float_dtype(graph_module)
+        found = [
+            (node, graph_module.get_submodule(str(node.target)))
+            for node in graph_module.graph.find_nodes(op="call_module")
+        ]
+        lowered = [_lower(graph_module.graph, n, m, dtype) for n, m in found]
+        return any(lowered)
+
+
+def _lower(graph: Graph, node: Node, module: nn.Module, dtype: torch.dtype) -> bool:
+    if not isinstance(module, FrozenActivation | FrozenWeight):
+        return False
+    path = str(node.target)
+    with graph.inserting_before(node):
+        step = graph.get_attr(f"{path}.step")
+        offset = graph.get_attr(f"{path}.offset")
+        if isinstance(module, FrozenWeight):
+            codes = graph.get_attr(f"{path}.codes")
+            dtype = module.dtype
+        else:
+            arguments = (node.args[0], step, offset, module.max_code)
+            codes = graph.call_function(quantize, arguments)
+        value = graph.create_node(
+            "call_function", dequantize, (codes, step, offset, dtype), {}, node.name
+        )
+    value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+    return True
+
+
+def _drop_unread_parameters(graph: Graph) -> None:
+    """Not `eliminate_dead_code`, which would drop in-place calls nobody reads."""
+    for node in list(graph.find_nodes(op="get_attr")):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _float_dtype(graph_module: GraphModule) -> torch.dtype:
+    """The type in which the model computes between its integer edges."""
+    for parameter in graph_module.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return torch.float32
