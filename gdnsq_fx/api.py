@@ -92,9 +92,7 @@ def analyze(
         CalibrationError: no batch. PassError: not a prepared model.
     """
     inputs = model_facts(qmodel).inputs
-    run_passes(
-        qmodel, (AnalyzeCapacity(batches, inputs, draws, confirm, curvature),)
-    )
+    run_passes(qmodel, (AnalyzeCapacity(batches, inputs, draws, confirm, curvature),))
     return build_report(qmodel)
 
 

@@ -36,7 +36,7 @@ class CalibrationError(GdnsqError, ValueError):
 
 
 class PassError(GdnsqError, RuntimeError):
-    """A pass was applied to a graph that lacks what it requires, or broke its promise."""
+    """A pass was applied to a graph that lacks what it requires, or it failed."""
 
 
 class TrainingDivergedError(GdnsqError, RuntimeError):

@@ -54,7 +54,9 @@ class ChannelLayout:
     def expanded(self, scale: Tensor, weight_shape: Sequence[int]) -> Tensor:
         """A scale shaped for ``grouped`` made broadcastable to the plain weight."""
         if self.groups == 1 or self.axis is None:
-            return scale.reshape([1] * len(weight_shape)) if self.axis is None else scale
+            return (
+                scale.reshape([1] * len(weight_shape)) if self.axis is None else scale
+            )
         per_group = weight_shape[0] // self.groups
         return scale.squeeze(1).repeat_interleave(per_group, dim=0)
 
@@ -117,7 +119,9 @@ class OpInfo:
         """Arguments of a call node by name; a module call binds its inputs only."""
         names = self.parameters
         if node.op == "call_module":
-            names = tuple(n for n in names if self.roles.get(n, "activation") != "weight")
+            names = tuple(
+                n for n in names if self.roles.get(n, "activation") != "weight"
+            )
         return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
     def with_argument(self, node: Node, name: str, value: Any) -> None:
@@ -309,7 +313,13 @@ _COMPUTE = (
 )
 
 _NONNEGATIVE = (
-    _unary("relu", "nonnegative", (nn.ReLU,), (F.relu, F.relu_, torch.relu), ("relu", "relu_")),
+    _unary(
+        "relu",
+        "nonnegative",
+        (nn.ReLU,),
+        (F.relu, F.relu_, torch.relu),
+        ("relu", "relu_"),
+    ),
     _unary("relu6", "nonnegative", (nn.ReLU6,), (F.relu6,)),
     _unary(
         "sigmoid",

@@ -79,7 +79,9 @@ def activation_sites(graph_module: GraphModule) -> list[ActivationSite]:
 
 def hard_bits(graph_module: GraphModule) -> dict[str, int]:
     """Hard bit-width ceil(log2(levels)) of every edge, by name of the edge."""
-    bits = {s.edge: bit_width(s.quantizer.levels()) for s in activation_sites(graph_module)}
+    bits = {
+        s.edge: bit_width(s.quantizer.levels()) for s in activation_sites(graph_module)
+    }
     for site in weight_sites(graph_module):
         bits[site.edge] = bit_width(int(site.quantizer.levels(site.weight()).max()))
     return bits

@@ -182,7 +182,7 @@ class QuantConfig:
 
 
 def matches(pattern: str, layer: str, operation: str) -> bool:
-    """Whether a pattern selects a layer by its name or, after ``op:``, its operation."""
+    """Whether a pattern selects a layer by name or, after ``op:``, by operation."""
     if pattern.startswith(OPERATION_PREFIX):
         return fnmatchcase(operation, pattern.removeprefix(OPERATION_PREFIX))
     return fnmatchcase(layer, pattern)
@@ -216,8 +216,8 @@ def _patterns(name: str, given: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_bits(name: str, bits: object) -> None:
-    whole = isinstance(bits, int) and not isinstance(bits, bool)
-    if not whole or not MIN_BITS <= bits <= MAX_BITS:
+    whole = bits if isinstance(bits, int) and not isinstance(bits, bool) else 0
+    if not MIN_BITS <= whole <= MAX_BITS:
         raise ConfigError(
             f"{name} must be a whole number from {MIN_BITS} to {MAX_BITS}, "
             f"got {bits!r}; to leave a layer in floating point, use exclude"
@@ -234,6 +234,7 @@ def _no_match(owner: str, pattern: str, known: list[tuple[str, str]]) -> str:
     operations = sorted({operation for _, operation in known})
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return (
-        f"{owner}: the pattern {pattern!r} matches no layer. Layers: {shown or 'none'}. "
+        f"{owner}: the pattern {pattern!r} matches no layer. "
+        f"Layers: {shown or 'none'}. "
         f"Operations (prefix {OPERATION_PREFIX!r}): {', '.join(operations) or 'none'}"
     )

@@ -69,16 +69,23 @@ class EdgeProbe(Interpreter):
             self.statistics[edge].add_divergence(product, weight)
 
     def _module_of(self, node: Node) -> object:
-        return self.submodules.get(str(node.target)) if node.op == "call_module" else None
+        return (
+            self.submodules.get(str(node.target)) if node.op == "call_module" else None
+        )
+
+    def _input(self, node: Node) -> Tensor:
+        """What flows into a quantizer node."""
+        args, _ = self.fetch_args_kwargs_from_env(node)
+        return args[0]
 
     def _weight(self, node: Node, quantizer: WeightQuantizer) -> Tensor:
-        weight: Tensor = self.map_nodes_to_values(node.args, node)[0]
+        weight = self._input(node)
         with torch.no_grad():
             self._weights[node] = (quantizer.edge, quantizer.quantize(weight) - weight)
         return weight
 
     def _activation(self, node: Node, quantizer: ActivationQuantizer) -> Tensor:
-        value: Tensor = self.map_nodes_to_values(node.args, node)[0]
+        value = self._input(node)
         with torch.no_grad():
             error = self.statistics[quantizer.edge].add_activation(quantizer, value)
         probe = _probed(value.clone())

@@ -1,8 +1,9 @@
 """AnalyzeCapacity: measure every quantized edge from one stream of batches.
 
 Facts only: each quantizer node gets its `EdgeFacts` (capacity, entropy, SQNR, share
-clipped, predicted divergence). The model runs at identity precision in evaluation; a few
-backward passes for each batch serve all edges together (see ``analysis/divergence.py``).
+clipped, predicted divergence). The model runs at identity precision in evaluation; a
+few backward passes for each batch serve all edges together (see
+``analysis/divergence.py``).
 """
 
 from __future__ import annotations
@@ -114,7 +115,10 @@ class AnalyzeCapacity(Pass):
 
     @torch.no_grad()
     def _divergence_of(
-        self, graph_module: GraphModule, site: WeightSite | ActivationSite, batches: Iterable[object]
+        self,
+        graph_module: GraphModule,
+        site: WeightSite | ActivationSite,
+        batches: Iterable[object],
     ) -> float:
         total, samples = 0.0, 0
         for one in batches:

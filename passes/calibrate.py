@@ -1,7 +1,8 @@
 """Calibrate: place every quantizer's levels from real data.
 
-Activations: the range whose levels, at the target bit-width, give the least mean squared
-error on a sample of the values met. Weights: levels over the whole span of each channel.
+Activations: the range whose levels, at the target bit-width, give the least mean
+squared error on a sample of the values met. Weights: levels over the whole span of each
+channel.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from ._base import Pass
 
 @dataclass(frozen=True)
 class ExposeWeights(Pass):
-    """Open every layer whose row of the op table says how; say why where it declines."""
+    """Open every layer whose row of the op table says how, or say why not."""
 
     def requires(self, graph_module: GraphModule) -> None:
         """Operations must be annotated."""
@@ -89,7 +89,9 @@ class _Sources:
             return self.graph.create_node(kind, target, (), {}, name)
 
     def _first_call(self) -> Node:
-        return next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        return next(
+            n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")
+        )
 
     def _move_up(self, node: Node) -> None:
         """A parameter read late in the forward may be needed earlier."""
@@ -124,8 +126,8 @@ def _open(
 
 def _refusal(module: nn.Module, op: OpInfo, node: Node) -> str | None:
     """Why this layer must stay a module, None where it need not."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    if hooks:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    if any(getattr(module, kind) for kind in kinds):
         return "has hooks, which a function call would drop; remove them before prepare"
     extra = set(op.bind(node)) - {"input"}
     if extra or len(node.args) > 1:

@@ -6,7 +6,8 @@ With gamma, beta, running mean m and variance v of the BatchNorm,
     b' = (b - m) * gamma / sqrt(v + eps) + beta
 
 so that ``conv(x, w', b') == bn(conv(x, w, b))`` up to rounding. Only where nothing else
-reads the layer's output, its weight belongs to it alone, and the model is in evaluation.
+reads the layer's output, its weight belongs to it alone, and the model is in
+evaluation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from gdnsq_fx.annotations import annotate, compute_nodes, facts
 from gdnsq_fx.errors import PassError
@@ -68,7 +69,7 @@ def _norm_after(owner: GraphModule, node: Node) -> Node | None:
 
 def _refusal(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> str | None:
     """Why this BatchNorm must stay, None where it need not."""
-    norm = owner.get_submodule(str(norm_node.target))
+    norm: Any = owner.get_submodule(str(norm_node.target))
     bound = op.bind(node)
     sources = [bound.get("weight"), bound.get("bias")]
     parameters = [s for s in sources if isinstance(s, Node)]

@@ -80,8 +80,9 @@ class InsertQuantizers(Pass):
     def _check_model(self, graph_module: GraphModule, nodes: list[Node]) -> None:
         if not nodes:
             raise NothingToQuantizeError(
-                "the model has no operation that can be quantized (convolution, linear, "
-                f"matrix product).{_reasons(graph_module)}"
+                "the model has no operation that can be quantized (convolution, "
+                f"linear, matrix product).{_reasons(graph_module)} Prepare a "
+                "sub-module that has one"
             )
         self.config.check_patterns([(facts(n).layer, _op(n).name) for n in nodes])
 

@@ -38,7 +38,9 @@ class LowerToInteger(Pass):
     def requires(self, graph_module: GraphModule) -> None:
         """No quantizer is still learning."""
         if any(isinstance(m, Quantizer) for m in graph_module.modules()):
-            raise PassError(f"{self.name} needs frozen ones; run FreezeQuantizers first")
+            raise PassError(
+                f"{self.name} needs frozen ones; run FreezeQuantizers first"
+            )
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """A new graph module; the given one is used up."""

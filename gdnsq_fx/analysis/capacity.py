@@ -1,7 +1,8 @@
 """Formulas of one noisy channel: capacity, entropy, signal to noise. Bits are log2.
 
 Source: GDNSQ (arXiv 2508.14004): an edge quantized to L levels is a channel that
-carries at most log2(L) bits per element; the entropy of its codes is what it does carry.
+carries at most log2(L) bits per element; the entropy of its codes is what it does
+carry.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_SQNR_DB = 200.0
+MAX_BINS = 1 << 24
 
 
 def capacity_bits(elements: Tensor, levels: Tensor) -> float:
@@ -45,8 +47,13 @@ def grouped_entropy_bits(codes: Tensor, groups: int) -> float:
     """
     rows = codes.reshape(groups, -1)
     alphabets = torch.arange(groups, device=codes.device, dtype=torch.long)
-    shifted = rows.long() + alphabets.unsqueeze(1) * (int(rows.max()) + 1)
-    counts = torch.unique(shifted, return_counts=True)[1].double()
+    alphabet = int(rows.max()) + 1
+    shifted = (rows.long() + alphabets.unsqueeze(1) * alphabet).reshape(-1)
+    if groups * alphabet <= MAX_BINS:
+        counts = torch.bincount(shifted).double()
+        counts = counts[counts > 0]
+    else:  # many codes, most of them absent: sorting takes less memory
+        counts = torch.unique(shifted, return_counts=True)[1].double()
     return float(-(counts * (counts / rows.shape[1]).log2()).sum())
 
 

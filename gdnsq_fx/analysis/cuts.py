@@ -1,8 +1,9 @@
 """The network as a flow of bits: its graph and its minimum cut (networkx).
 
 Every value of the graph is a node that carries so many bits per sample: the capacity of
-its quantizer, or 32 bits an element where it is floating point. A value read twice still
-carries its bits once, so capacities belong to nodes; for the cut each node is split.
+its quantizer, or 32 bits an element where it is floating point. A value read twice
+still carries its bits once, so capacities belong to nodes; for the cut each node is
+split.
 """
 
 from __future__ import annotations

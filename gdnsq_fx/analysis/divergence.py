@@ -42,7 +42,7 @@ def primary_output(output: Any) -> Tensor:
 
 
 def class_dim(logits: Tensor) -> int:
-    """Dimension of the classes: 1 for dense maps ``[B, C, H, W, ...]``, else the last."""
+    """Dimension of the classes: 1 for dense maps ``[B, C, H, W]``, else the last."""
     return 1 if logits.ndim >= 4 else logits.ndim - 1
 
 
@@ -84,8 +84,8 @@ def sample_products(gradient: Tensor, error: Tensor, batch: int) -> Tensor:
     """Inner product of gradient and error for each sample, not squared yet.
 
     Args:
-        gradient, error: same shape, the samples leading (``[B, ...]`` or ``[B*T, ...]``).
-        batch: B.
+        gradient, error: same shape, the samples leading (``[B, ...]`` or ``[B*T,
+        ...]``). batch: B.
 
     Returns:
         ``[B]``, or ``[1]`` where samples do not lead: signs of different samples are

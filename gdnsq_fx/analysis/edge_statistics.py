@@ -31,7 +31,7 @@ class EdgeStatistics:
         self.counts = torch.zeros(levels, dtype=torch.long)
 
     def add_activation(self, quantizer: ActivationQuantizer, value: Tensor) -> Tensor:
-        """Take note of a batch; returns the quantization error, of the value's shape."""
+        """Take note of a batch; returns its quantization error, of the same shape."""
         codes = quantizer.codes(value)
         quantized = from_codes(codes, quantizer.step, quantizer.offset)
         error = quantized.to(value.dtype) - value
@@ -96,7 +96,10 @@ class WeightStatistics(EdgeStatistics):
 
 def statistics_of(graph_module: GraphModule) -> dict[str, EdgeStatistics]:
     """Empty statistics for every quantized edge of a graph, by name."""
-    found = {s.edge: EdgeStatistics(s.quantizer.levels()) for s in activation_sites(graph_module)}
+    found = {
+        s.edge: EdgeStatistics(s.quantizer.levels())
+        for s in activation_sites(graph_module)
+    }
     for site in weight_sites(graph_module):
         found[site.edge] = WeightStatistics(site.quantizer, site.weight().detach())
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from gdnsq_fx.analysis.text import bits_of, divergence_of, quantity
+from gdnsq_fx.analysis.text import bits_of, divergence, quantity
 
 if TYPE_CHECKING:
     from gdnsq_fx.analysis.report import CapacityReport, EdgeReport
@@ -24,7 +24,7 @@ code { background: #f1f3f5; padding: 0 .25rem; }
 
 _COLUMNS = (
     "edge", "op", "shape", "bits", "capacity, bit", "entropy, bit", "used", "SQNR, dB",
-    "predicted divergence, nat", "",
+    "predicted divergence, nat", "measured", "",
 )  # fmt: skip
 
 
@@ -56,7 +56,8 @@ def _row(edge: EdgeReport, worst: float) -> str:
         quantity(edge.entropy),
         f"{100 * edge.utilisation:.0f}%",
         f"{edge.sqnr_db:.1f}",
-        divergence_of(edge),
+        divergence(edge.predicted_divergence),
+        divergence(edge.measured_divergence),
     )
     share = edge.predicted_divergence / worst if worst else 0.0
     bar = f'<span class="bar" style="width:{100 * share:.1f}%"></span>'

@@ -76,7 +76,9 @@ class CapacityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the graph, JSON-able."""
-        cut = None if self.cut is None else {**asdict(self.cut), "share": self.cut.share}
+        cut = (
+            None if self.cut is None else {**asdict(self.cut), "share": self.cut.share}
+        )
         return {
             "edges": [{**asdict(e), "shape": list(e.shape)} for e in self.edges],
             "minimum_cut": cut,

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tabulate import tabulate
+from tabulate import SEPARATING_LINE, tabulate
 
 if TYPE_CHECKING:
     from gdnsq_fx.analysis.report import CapacityReport, EdgeReport
 
-HEADERS = (
-    "edge", "op", "shape", "bits", "capacity", "entropy", "used", "SQNR", "divergence", ""
-)  # fmt: skip
-NAME_WIDTH = 26
+WIDTH = 100
 MARK = "<<"
+_HEADERS = ("edge", "op", "shape", "bits", "capacity", "entropy", "used", "SQNR")
+_LEFT = 3  # edge, op and shape are text; the rest are numbers
 
 
 def report_text(report: CapacityReport, limit: int | None) -> str:
     """Table of edges, then cut, totals, coverage and skipped nodes."""
     shown = report.edges[:limit]
-    table = tabulate(
-        [_row(edge) for edge in shown],
-        headers=HEADERS,
-        colalign=("left", "left", "left", *["right"] * 6, "left"),
-        disable_numparse=True,
-    )
     hidden = len(report.edges) - len(shown)
     more = [f"... and {hidden} more edges (to_text(limit=None))"] if hidden else []
-    return "\n".join([table, *more, "", *_summary(report), *_skipped(report)])
+    return "\n".join([_table(shown), *more, "", *_summary(report), *_skipped(report)])
+
+
+def _table(edges: Sequence[EdgeReport]) -> str:
+    """The table, names shortened until it fits."""
+    measured = any(e.measured_divergence is not None for e in edges)
+    headers = [*_HEADERS, "divergence", *(["measured"] if measured else []), ""]
+    rows = [_row(edge, measured) for edge in edges]
+    align = ["left"] * _LEFT + ["right"] * (len(headers) - _LEFT - 1) + ["left"]
+    for name_width in range(40, 12, -2):
+        body = [[shortened(row[0], name_width), *row[1:]] for row in rows]
+        # A header row of its own: tabulate pads real headers by two.
+        table = tabulate(
+            [headers, SEPARATING_LINE, *body],
+            tablefmt="simple",
+            colalign=align,
+            disable_numparse=True,
+        )
+        lines = [line.rstrip() for line in table.splitlines()[1:-1]]
+        if max(len(line) for line in lines) <= WIDTH:
+            break
+    return "\n".join(lines)
 
 
 def quantity(value: float, unit: str = "") -> str:
@@ -52,16 +67,9 @@ def bits_of(edge: EdgeReport) -> str:
     return str(edge.bits) if met else f"{edge.bits} > {edge.target_bits}"
 
 
-def divergence_of(edge: EdgeReport) -> str:
-    """Predicted, and measured where it was."""
-    measured = edge.measured_divergence
-    predicted = f"{edge.predicted_divergence:.2e}"
-    return predicted if measured is None else f"{predicted} ({measured:.2e})"
-
-
-def _row(edge: EdgeReport) -> list[str]:
+def _row(edge: EdgeReport, measured: bool) -> list[str]:
     return [
-        shortened(edge.name, NAME_WIDTH),
+        edge.name,
         shortened(edge.op, 10),
         "x".join(str(n) for n in edge.shape),
         bits_of(edge),
@@ -69,19 +77,24 @@ def _row(edge: EdgeReport) -> list[str]:
         quantity(edge.entropy),
         f"{100 * edge.utilisation:.0f}%",
         f"{edge.sqnr_db:.1f}",
-        divergence_of(edge),
+        f"{edge.predicted_divergence:.2e}",
+        *([divergence(edge.measured_divergence)] if measured else []),
         MARK if edge.bottleneck else "",
     ]
+
+
+def divergence(value: float | None) -> str:
+    """Three digits, or nothing where it was not measured."""
+    return "" if value is None else f"{value:.2e}"
 
 
 def _summary(report: CapacityReport) -> list[str]:
     totals, coverage, cut = report.totals, report.coverage, report.cut
     lines = [
         "capacity, entropy: bits per sample; SQNR: dB; divergence: predicted Jeffreys "
-        "divergence,",
-        "nats per sample, if only this edge is quantized (measured in brackets). "
-        f"{MARK} marks the fewest",
-        "edges that make up half of it.",
+        "divergence, nats",
+        f"per sample, if only this edge is quantized. {MARK} marks the fewest edges that "
+        "make up half of it.",
         "",
     ]
     if cut is not None:
@@ -89,7 +102,11 @@ def _summary(report: CapacityReport) -> list[str]:
             f"minimum cut  {quantity(cut.bits, 'bit')} per sample, "
             f"{100 * cut.share:.1f}% of what floating point sends across it:",
             *(f"             {name}" for name in cut.values[:6]),
-            *([f"             ... {len(cut.values) - 6} more"] if cut.values[6:] else []),
+            *(
+                [f"             ... {len(cut.values) - 6} more"]
+                if cut.values[6:]
+                else []
+            ),
         ]
     ratio = totals.float_size_bytes / max(totals.size_bytes, 1)
     cheaper = totals.float_bops / max(totals.bops, 1)

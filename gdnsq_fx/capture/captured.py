@@ -1,5 +1,8 @@
 """A GraphModule that keeps every parameter, buffer and module of its model."""
 
+# The registries of a module have no public way to be handed over whole.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import copy

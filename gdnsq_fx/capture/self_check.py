@@ -36,9 +36,10 @@ def self_check(
         CaptureError: outputs differ by more than 1e-4 of their range, or only the
             graph fails.
     """
-    doubled = tree_map(_doubled, (args, kwargs))
+    doubled: Any = tree_map(_doubled, (args, kwargs))
+    examples: list[Any] = [(args, kwargs), doubled]
     for training in (False, True):
-        for example in ((args, kwargs), doubled):
+        for example in examples:
             wanted = _outputs(model, model, training, *example)
             if isinstance(wanted, Exception):
                 continue  # the model refuses this batch or mode in eager as well
@@ -73,7 +74,8 @@ def _outputs(
 ) -> list[Any] | Exception:
     """Leaves of the output, or the error that the module raised."""
     # A forward pass may write into its input; the example is the user's.
-    args, kwargs = tree_map(_cloned, (args, kwargs))
+    cloned: Any = tree_map(_cloned, (args, kwargs))
+    args, kwargs = cloned
     with preserved_state(module, model), torch.no_grad():
         module.train(training)
         torch.manual_seed(0)
@@ -93,7 +95,9 @@ def _compare(wanted: Iterable[Any], got: list[Any] | Exception, mode: str) -> No
         raise CaptureError(f"the captured graph fails in {mode}: {got}. {remedy}")
     pairs = list(zip(wanted, got, strict=False))
     if len(pairs) != len(got) or not all(_close(a, b) for a, b in pairs):
-        raise CaptureError(f"the captured graph differs from the model in {mode}. {remedy}")
+        raise CaptureError(
+            f"the captured graph differs from the model in {mode}. {remedy}"
+        )
 
 
 def _close(wanted: Any, got: Any) -> bool:

@@ -74,8 +74,8 @@ def read(path: str | os.PathLike[str]) -> Contents:
         )
     except (KeyError, AttributeError, TypeError, ValueError, ConfigError) as error:
         raise FileFormatError(
-            f"{path} does not describe a converted model ({error}); write it again with "
-            "gdnsq_fx.save"
+            f"{path} does not describe a converted model ({error}); write it again "
+            "with gdnsq_fx.save"
         ) from error
 
 
@@ -116,8 +116,8 @@ def fill(imodel: GraphModule, contents: Contents) -> GraphModule:
 
 def _other_model(contents: Contents, cause: str) -> FileFormatError:
     return FileFormatError(
-        f"{contents.path} does not fit this model: {cause}. Load it into the class, with "
-        "the example input, that it was prepared from"
+        f"{contents.path} does not fit this model: {cause}. Load it into the class, "
+        "with the example input, that it was prepared from"
     )
 
 

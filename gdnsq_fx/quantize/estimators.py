@@ -1,8 +1,8 @@
 """Gradient estimators of rounding: ``ste``, ``lsq``, ``ewgs``, ``aewgs``.
 
 With the rounding error in steps ``n = k - (x - b) / s`` and the gradient ``g`` arriving
-at ``y = s*k + b``, an estimator is two choices: the derivative of the noise term ``s*n``
-with respect to ``s``, and the factor on the gradient that passes to ``x``.
+at ``y = s*k + b``, an estimator is two choices: the derivative of the noise term
+``s*n`` with respect to ``s``, and the factor on the gradient that passes to ``x``.
 
 | estimator | dy/ds | dy/dx |
 | --- | --- | --- |
@@ -16,7 +16,8 @@ Sources: GDNSQ (arXiv 2508.14004) for the dithering of ``ste`` and for ``aewgs``
 x_q`` is ``-n`` here.
 
 The published reference code differs in places: its ``ste`` noise carries a further
-factor ``s``, its ``ewgs`` backward does not run, and its activations always use ``ste``.
+factor ``s``, its ``ewgs`` backward does not run, and its activations always use
+``ste``.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class _QuantizeActivation(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, step, range_, lower = ctx.saved_tensors
         gradient = _wide(grad_outputs[0], step)
         wide = _wide(x, step)
@@ -138,9 +138,7 @@ class _QuantizeActivation(Function):
         top = torch.where(above, gradient, 0.0).sum()
         grad_step = (passed * noise).sum() - top
         grad_lower = (gradient - passed).sum()
-        factor = input_factor(
-            gradient, error, ctx.estimator, tuple(range(error.ndim))
-        )
+        factor = input_factor(gradient, error, ctx.estimator, tuple(range(error.ndim)))
         grad_x = passed if factor is None else passed * factor
         return (
             grad_x.to(x.dtype),
@@ -169,7 +167,7 @@ class _QuantizeWeight(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, step, lower = ctx.saved_tensors
         gradient = _wide(grad_outputs[0], step)
         position = (_wide(weight, step) - lower) / step

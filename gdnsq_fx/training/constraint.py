@@ -1,11 +1,12 @@
 """Capacities under their targets: the exterior-point penalty and the projection.
 
-    P = C * t * (m_w * mean_i relu(cap_i - T_i + eps) + m_a * mean_j relu(cap_j - T_j + eps))
+    P = C * t * (m_w * mean_i relu(cap_i - T_i + eps)     over weights i
+               + m_a * mean_j relu(cap_j - T_j + eps))    over activations j
 
 with C the running mean of the loss, t growing from 0 to 1 through the descent, and m_w,
-m_a the shares of the violated constraints that are on weights and on activations (GDNSQ,
-arXiv 2508.14004). The penalty decides which edges give up bits first. The projection
-onto a slowly lowered cap decides by when: it makes the budget certain.
+m_a the shares of the violated constraints that are on weights and on activations
+(GDNSQ, arXiv 2508.14004). The penalty decides which edges give up bits first. The
+projection onto a slowly lowered cap decides by when: it makes the budget certain.
 """
 
 from __future__ import annotations

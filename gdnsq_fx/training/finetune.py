@@ -254,7 +254,7 @@ class _Run:
         return shown if metric is None else {**shown, "metric": f"{metric:.4g}"}
 
     def _keep_or_restore(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """A finite step proves the parameters it started from; else go back to those."""
+        """A finite step proves the parameters it started from; else go back."""
         if bool(torch.isfinite(loss) & torch.isfinite(norm)):
             every = max(self.schedule.steps // self.SNAPSHOTS, 1)
             if step % every == 0:
@@ -267,8 +267,8 @@ class _Run:
             kept = "the model holds its last good state (its bits may be above target)"
         raise TrainingDivergedError(
             f"loss or gradients became NaN or infinite at step {step} "
-            f"(loss {float(loss)}, gradient norm {float(norm)}); {kept}. Lower lr, check "
-            "the batch for NaN, or raise start bits and steps",
+            f"(loss {float(loss)}, gradient norm {float(norm)}); {kept}. Lower lr, "
+            "check the batch for NaN, or raise start bits and steps",
             step,
         )
 
@@ -294,14 +294,15 @@ def _parameter_groups(
 def _endless(
     batches: Iterable[Any], inputs: InputStructure, steps: int
 ) -> Iterator[Batch]:
-    count = 0
+    given = 0
     while True:
-        before = count
-        for count, batch in enumerate(batches, start=count + 1):
+        before = given
+        for batch in batches:
+            given += 1
             yield inputs.split(batch)
-        if count == before:
+        if given == before:
             raise BatchStructureError(
-                f"train_batches gave {count} of the {steps} batches needed and cannot "
+                f"train_batches gave {given} of the {steps} batches needed and cannot "
                 "be iterated again; pass a DataLoader or a list instead of an iterator"
             )
 
