@@ -29,20 +29,25 @@ def _table(edges: Sequence[EdgeReport]) -> str:
     measured = any(e.measured_divergence is not None for e in edges)
     headers = [*_HEADERS, "divergence", *(["measured"] if measured else []), ""]
     rows = [_row(edge, measured) for edge in edges]
-    align = ["left"] * _LEFT + ["right"] * (len(headers) - _LEFT - 1) + ["left"]
     for name_width in range(40, 12, -2):
-        body = [[shortened(row[0], name_width), *row[1:]] for row in rows]
-        # A header row of its own: tabulate pads real headers by two.
-        table = tabulate(
-            [headers, SEPARATING_LINE, *body],
-            tablefmt="simple",
-            colalign=align,
-            disable_numparse=True,
-        )
-        lines = [line.rstrip() for line in table.splitlines()[1:-1]]
-        if max(len(line) for line in lines) <= WIDTH:
-            break
-    return "\n".join(lines)
+        table = _drawn(headers, rows, name_width)
+        if max(len(line) for line in table) <= WIDTH:
+            return "\n".join(table)
+    return "\n".join(_drawn(headers, rows, 12))
+
+
+def _drawn(headers: list[str], rows: list[list[str]], name_width: int) -> list[str]:
+    """Lines of the table with edge names of at most ``name_width`` characters."""
+    align = ["left"] * _LEFT + ["right"] * (len(headers) - _LEFT - 1) + ["left"]
+    body = [[shortened(row[0], name_width), *row[1:]] for row in rows]
+    # The header is a row of its own: tabulate pads real headers by two.
+    table = tabulate(
+        [headers, SEPARATING_LINE, *body],
+        tablefmt="simple",
+        colalign=align,
+        disable_numparse=True,
+    )
+    return [line.rstrip() for line in table.splitlines()[1:-1]]
 
 
 def quantity(value: float, unit: str = "") -> str:
@@ -92,9 +97,9 @@ def _summary(report: CapacityReport) -> list[str]:
     totals, coverage, cut = report.totals, report.coverage, report.cut
     lines = [
         "capacity, entropy: bits per sample; SQNR: dB; divergence: predicted Jeffreys "
-        "divergence, nats",
-        f"per sample, if only this edge is quantized. {MARK} marks the fewest edges that "
-        "make up half of it.",
+        "divergence,",
+        "nats per sample, if only this edge is quantized. "
+        f"{MARK} marks the fewest edges that make up half.",
         "",
     ]
     if cut is not None:
