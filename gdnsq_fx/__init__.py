@@ -29,6 +29,7 @@ from gdnsq_fx.errors import (
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
 from gdnsq_fx.training.finetune import FinetuneResult, finetune
+from gdnsq_fx.training.losses import distillation_loss, squared_distillation_loss
 from gdnsq_fx.training.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -56,9 +57,11 @@ __all__ = [
     "TrainingDivergedError",
     "analyze",
     "convert",
+    "distillation_loss",
     "finetune",
     "load",
     "prepare",
     "quantization_disabled",
     "save",
+    "squared_distillation_loss",
 ]

@@ -22,11 +22,11 @@ from gdnsq_fx.analysis.divergence import (
 )
 from gdnsq_fx.analysis.edge_statistics import EdgeStatistics, statistics_of
 from gdnsq_fx.annotations import annotate, facts
-from gdnsq_fx.capture.self_check import preserved_state
 from gdnsq_fx.errors import CalibrationError
 from gdnsq_fx.inputs import Batch, InputStructure, batch_size, check_device
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.sites import ActivationSite, WeightSite, require_quantizers, sites
+from gdnsq_fx.state import preserved_state
 
 from ._base import Pass, placeholder_values
 from ._probe import EdgeProbe

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from gdnsq_fx.capture.self_check import preserved_state
 from gdnsq_fx.errors import CalibrationError
 from gdnsq_fx.inputs import Batch, InputStructure, check_device
 from gdnsq_fx.quantize.observer import Observer
@@ -28,6 +27,7 @@ from gdnsq_fx.sites import (
     require_quantizers,
     weight_sites,
 )
+from gdnsq_fx.state import preserved_state
 
 from ._base import Pass
 

@@ -11,8 +11,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from gdnsq_fx.annotations import annotate, facts
-from gdnsq_fx.capture.self_check import preserved_state
 from gdnsq_fx.inputs import batch_size
+from gdnsq_fx.state import preserved_state
 
 from ._base import Pass, placeholder_values
 

@@ -42,8 +42,19 @@ def primary_output(output: Any) -> Tensor:
 
 
 def class_dim(logits: Tensor) -> int:
-    """Dimension of the classes: 1 for dense maps ``[B, C, H, W]``, else the last."""
-    return 1 if logits.ndim >= 4 else logits.ndim - 1
+    """Dimension of the classes: 1 for dense maps ``[B, C, H, W]``, else the last.
+
+    Raises:
+        GdnsqError: there are fewer than two classes, so every divergence would be 0.
+    """
+    dim = 1 if logits.ndim >= 4 else logits.ndim - 1
+    if logits.ndim < 2 or logits.shape[dim] < 2:
+        raise GdnsqError(
+            f"an output of shape {tuple(logits.shape)} has no classes to compare; for "
+            'regression pass curvature="identity" to analyze and '
+            "distillation_loss=gdnsq_fx.squared_distillation_loss to finetune"
+        )
+    return dim
 
 
 def jeffreys(logits: Tensor, reference: Tensor) -> Tensor:

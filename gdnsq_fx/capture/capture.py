@@ -13,8 +13,9 @@ from torch.fx import GraphModule, Tracer
 from gdnsq_fx.annotations import source_of
 from gdnsq_fx.capture.captured import CapturedModule
 from gdnsq_fx.capture.leaves import stays_whole
-from gdnsq_fx.capture.self_check import preserved_state, self_check
+from gdnsq_fx.capture.self_check import self_check
 from gdnsq_fx.errors import CaptureError
+from gdnsq_fx.state import preserved_state
 
 
 class ModelTracer(Tracer):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gdnsq_fx.errors import CaptureError
+from gdnsq_fx.state import preserved_state
 
 RELATIVE_TOLERANCE = 1e-4
 
@@ -45,24 +45,6 @@ def self_check(
                 continue  # the model refuses this batch or mode in eager as well
             got = _outputs(captured, model, training, *example)
             _compare(wanted, got, "training" if training else "evaluation")
-
-
-@contextmanager
-def preserved_state(*modules: nn.Module) -> Generator[None]:
-    """Restore buffers, training flags and the random state on the way out."""
-    buffers = {id(b): b for m in modules for b in m.buffers()}
-    saved = [(b, b.detach().clone()) for b in buffers.values()]
-    flags = [(m, m.training) for root in modules for m in root.modules()]
-    devices = {b.device for b in buffers.values() if b.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in saved:
-                    buffer.copy_(value)
-            for module, flag in flags:
-                module.training = flag
 
 
 def _outputs(

@@ -7,8 +7,7 @@ from its seed alone: no function reads the global random state or leaves it chan
 from __future__ import annotations
 
 import importlib
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from gdnsq_fx.demo.seeding import one_thread, seeded
 from gdnsq_fx.errors import ConfigError, MissingExtraError
+from gdnsq_fx.state import in_evaluation
 
 _PIXEL_MAX = 16.0  # scikit-learn stores the grey levels 0..16
 _TEST_SHARE = 0.25
@@ -202,7 +202,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
         )
     device = _device_of(model)
     correct = 0
-    with _evaluating(model), torch.no_grad():
+    with in_evaluation(model), torch.no_grad():
         for batch, target in zip(
             images.split(_EVAL_BATCH), labels.split(_EVAL_BATCH), strict=True
         ):
@@ -216,16 +216,3 @@ def _device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None, None, None]:
-    """Hold the model in eval mode, then give each submodule its own mode back."""
-    # model.train(was_training) would also wake submodules frozen in eval mode.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,64 +18,17 @@ from gdnsq_fx.errors import (
     ConfigError,
     TrainingDivergedError,
 )
-from gdnsq_fx.inputs import Batch, InputStructure, check_device
+from gdnsq_fx.inputs import Batch, InputStructure
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.sites import hard_bits
+from gdnsq_fx.state import in_evaluation
 from gdnsq_fx.training.constraint import Constraint
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
+from gdnsq_fx.training.objective import Objective, teacher_for
+from gdnsq_fx.training.result import FinetuneResult, StepRecord
 from gdnsq_fx.training.schedule import Schedule
 
 Validate = Callable[[nn.Module], float]
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One line of the history.
-
-    Attributes:
-        step: optimizer step, from 0.
-        loss: loss without the penalty.
-        mean_bits: mean capacity over all edges, bits per element.
-        metric: what ``validate`` returned, None where it was not called.
-    """
-
-    step: int
-    loss: float
-    mean_bits: float
-    metric: float | None = None
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What fine-tuning reached. ``budget_met`` is always True: a miss is an error.
-
-    Attributes:
-        steps: optimizer steps taken.
-        bits: hard bit-width of every edge.
-        target_bits: its target.
-        budget_met: every hard bit-width is at or under its target.
-        metric: ``validate`` of the final model, None without one.
-        history: records through the run.
-        seconds: wall-clock time.
-    """
-
-    steps: int
-    bits: dict[str, int]
-    target_bits: dict[str, int]
-    budget_met: bool
-    metric: float | None
-    seconds: float
-    history: tuple[StepRecord, ...] = field(repr=False)
-
-    def __str__(self) -> str:
-        widest = max(self.bits.values(), default=0)
-        lines = [
-            f"fine-tuned {self.steps} steps in {self.seconds:.0f} s; "
-            f"{len(self.bits)} edges, all at or under target (widest: {widest} bits)"
-        ]
-        if self.metric is not None:
-            lines.append(f"metric {self.metric:.4g}")
-        return "\n".join(lines)
 
 
 def finetune(
@@ -131,17 +82,22 @@ def finetune(
     if task_loss is None and distillation == 0.0:
         raise ConfigError("nothing to minimize: give task_loss, or distillation > 0")
     inputs = model_facts(qmodel).inputs
-    objective = _Objective(qmodel, teacher, task_loss, distillation, distillation_loss)
     started = time.monotonic()
-    run = _Run(qmodel, objective, schedule, lr, max_grad_norm)
     batches = _endless(train_batches, inputs, steps)
-    with tqdm(range(steps), desc="fine-tune", disable=not progress, unit="step") as bar:
-        for step in bar:
-            loss = run.step(step, next(batches))
-            due = validate_every is not None and (step + 1) % validate_every == 0
-            if due or run.records_at(step):
-                metric = _validated(qmodel, validate) if due else None
-                bar.set_postfix(**run.record(step, loss, metric))
+    bar = tqdm(range(steps), desc="fine-tune", disable=not progress, unit="step")
+    frozen = teacher_for(qmodel, teacher)
+    with in_evaluation(frozen), bar:
+        objective = Objective(frozen, task_loss, distillation, distillation_loss)
+        run = _Run(qmodel, objective, schedule, lr, max_grad_norm)
+        try:
+            for step in bar:
+                loss = run.step(step, next(batches))
+                due = validate_every is not None and (step + 1) % validate_every == 0
+                if due or run.records_at(step):
+                    metric = _validated(qmodel, validate) if due else None
+                    bar.set_postfix(**run.record(step, loss, metric))
+        finally:
+            qmodel.eval()
     violations = run.constraint.violations()
     if violations:
         raise BudgetError(f"edges above their target bits: {violations}")
@@ -150,49 +106,10 @@ def finetune(
         bits=hard_bits(qmodel),
         target_bits=run.constraint.targets,
         budget_met=True,
-        metric=_validated(qmodel.eval(), validate),
+        metric=_validated(qmodel, validate),
         seconds=time.monotonic() - started,
         history=tuple(run.history),
     )
-
-
-class _Objective:
-    """Distillation from a teacher, a task loss, or both."""
-
-    def __init__(
-        self,
-        qmodel: GraphModule,
-        teacher: nn.Module | None,
-        task_loss: TaskLoss | None,
-        distillation: float,
-        distillation_loss: TaskLoss,
-    ) -> None:
-        self.task_loss = task_loss
-        self.weight = distillation
-        self.distillation_loss = distillation_loss
-        # Its own copy: fine-tuning moves the weights of qmodel, and the teacher must
-        # run in evaluation without changing the mode of the caller's model.
-        self.teacher = copy.deepcopy(qmodel if teacher is None else teacher).eval()
-        for module in self.teacher.modules():
-            if isinstance(module, Quantizer):
-                module.enabled = False
-
-    def __call__(self, qmodel: GraphModule, batch: Batch) -> Tensor:
-        check_device(qmodel, batch.args, batch.kwargs)
-        output = qmodel(*batch.args, **batch.kwargs)
-        losses: list[Tensor] = []
-        if self.weight:
-            with torch.no_grad():
-                wanted = self.teacher(*batch.args, **batch.kwargs)
-            losses.append(self.weight * self.distillation_loss(output, wanted))
-        if self.task_loss is not None:
-            if batch.targets is None:
-                raise BatchStructureError(
-                    "task_loss needs targets, and the batch holds inputs alone; yield "
-                    "(inputs, targets)"
-                )
-            losses.append(self.task_loss(output, batch.targets))
-        return torch.stack(losses).sum()
 
 
 class _Run:
@@ -204,7 +121,7 @@ class _Run:
     def __init__(
         self,
         qmodel: GraphModule,
-        objective: _Objective,
+        objective: Objective,
         schedule: Schedule,
         lr: float,
         max_grad_norm: float,
@@ -310,10 +227,5 @@ def _endless(
 def _validated(qmodel: GraphModule, validate: Validate | None) -> float | None:
     if validate is None:
         return None
-    was_training = qmodel.training
-    qmodel.eval()
-    try:
-        with torch.no_grad():
-            return float(validate(qmodel))
-    finally:
-        qmodel.train(was_training)
+    with in_evaluation(qmodel), torch.no_grad():
+        return float(validate(qmodel))

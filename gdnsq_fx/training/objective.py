@@ -1,0 +1,58 @@
+"""What one step minimizes: distillation from a teacher, a task loss, or both."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from gdnsq_fx.errors import BatchStructureError
+from gdnsq_fx.inputs import Batch, check_device
+from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.training.losses import TaskLoss
+
+
+class Objective:
+    """Distillation from a teacher, a task loss, or both."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        task_loss: TaskLoss | None,
+        distillation: float,
+        distillation_loss: TaskLoss,
+    ) -> None:
+        self.teacher = teacher
+        self.task_loss = task_loss
+        self.weight = distillation
+        self.distillation_loss = distillation_loss
+
+    def __call__(self, qmodel: GraphModule, batch: Batch) -> Tensor:
+        check_device(qmodel, batch.args, batch.kwargs)
+        output = qmodel(*batch.args, **batch.kwargs)
+        losses: list[Tensor] = []
+        if self.weight:
+            with torch.no_grad():
+                wanted = self.teacher(*batch.args, **batch.kwargs)
+            losses.append(self.weight * self.distillation_loss(output, wanted))
+        if self.task_loss is not None:
+            if batch.targets is None:
+                raise BatchStructureError(
+                    "task_loss needs targets, and the batch holds inputs alone; yield "
+                    "(inputs, targets)"
+                )
+            losses.append(self.task_loss(output, batch.targets))
+        return torch.stack(losses).sum()
+
+
+def teacher_for(qmodel: GraphModule, teacher: nn.Module | None) -> nn.Module:
+    """The given teacher, or a copy of the model as it is now at identity precision."""
+    if teacher is not None and teacher is not qmodel:
+        return teacher
+    copied = copy.deepcopy(qmodel)
+    for module in copied.modules():
+        if isinstance(module, Quantizer):
+            module.enabled = False
+    return copied
