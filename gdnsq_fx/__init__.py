@@ -9,7 +9,8 @@
 The method is GDNSQ (arXiv 2508.14004).
 """
 
-from gdnsq_fx.analysis.report import CapacityReport, EdgeReport
+from gdnsq_fx.analysis.edge_report import EdgeReport
+from gdnsq_fx.analysis.report import CapacityReport
 from gdnsq_fx.api import analyze, convert, load, prepare, save
 from gdnsq_fx.errors import (
     BatchStructureError,

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.inputs import InputStructure
-from gdnsq_fx.optable import OpInfo
+from gdnsq_fx.opinfo import OpInfo
 from gdnsq_fx.spec import QuantConfig
 
 KEY = "gdnsq_fx"
@@ -84,10 +84,12 @@ class ModelFacts:
     Attributes:
         config: how it was quantized.
         inputs: structure of the example input.
+        folded: BatchNorm was folded into the layers before it.
     """
 
     config: QuantConfig
     inputs: InputStructure
+    folded: bool = False
 
 
 def model_facts(module: nn.Module) -> ModelFacts:

@@ -16,6 +16,7 @@ from gdnsq_fx.analysis.report import CapacityReport, build_report
 from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
 from gdnsq_fx.capture.capture import capture
 from gdnsq_fx.deploy import checkpoint
+from gdnsq_fx.errors import PassError
 from gdnsq_fx.inputs import ExampleInput, InputStructure, check_device
 from gdnsq_fx.passes import (
     AnalyzeCapacity,
@@ -26,9 +27,11 @@ from gdnsq_fx.passes import (
     FreezeQuantizers,
     InsertQuantizers,
     LowerToInteger,
+    Pass,
     PropagateShapes,
     run_passes,
 )
+from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantConfig
 
 
@@ -57,6 +60,8 @@ def prepare(
     Raises:
         CaptureError, ConfigError, PatternError, NothingToQuantizeError,
         CalibrationError, BatchStructureError, DeviceMismatchError: as they say.
+        PassError: the model is prepared already, or BatchNorm is to be folded while
+            the model is in training.
     """
     config = config or QuantConfig()
     inputs = InputStructure.of(example_input)
@@ -67,8 +72,16 @@ def prepare(
             "pass calibration=batches of real data",
             stacklevel=2,
         )
-    captured = _with_quantizers(model, example_input, config, fold_batch_norm)
-    return run_passes(captured, (Calibrate(calibration, inputs),))
+    if any(isinstance(module, Quantizer) for module in model.modules()):
+        raise PassError(
+            "the model has quantizers already, and preparing it again would place "
+            "their levels anew; prepare the original model"
+        )
+    facts = ModelFacts(config, inputs, fold_batch_norm)
+    captured = _captured(model, example_input, facts)
+    return run_passes(
+        captured, (*_insertion(example_input, facts), Calibrate(calibration, inputs))
+    )
 
 
 def analyze(
@@ -145,27 +158,33 @@ def load(
         FileNotFoundError: there is no file.
     """
     contents = checkpoint.read(path)
-    skeleton = _with_quantizers(model, example_input, contents.config, fold=False)
+    facts = ModelFacts(
+        contents.config, InputStructure.of(example_input), contents.folded
+    )
+    captured = _captured(model, example_input, facts).eval()
+    skeleton = run_passes(captured, _insertion(example_input, facts))
     checkpoint.place_levels(skeleton, contents)
     return checkpoint.fill(convert(skeleton), contents)
 
 
-def _with_quantizers(
-    model: nn.Module, example_input: ExampleInput, config: QuantConfig, fold: bool
+def _captured(
+    model: nn.Module, example_input: ExampleInput, facts: ModelFacts
 ) -> GraphModule:
-    """Captured, annotated, with quantizers that are not calibrated yet."""
-    inputs = InputStructure.of(example_input)
-    args, kwargs = inputs.args_kwargs(example_input)
+    """The graph of a copy of the model, with its facts."""
+    args, kwargs = facts.inputs.args_kwargs(example_input)
     check_device(model, args, kwargs)
     captured = capture(model, args, kwargs)
-    captured.meta[KEY] = ModelFacts(config, inputs)
-    return run_passes(
-        captured,
-        (
-            AnnotateOperations(),
-            ExposeWeights(),
-            *((FoldBatchNorm(),) if fold else ()),
-            PropagateShapes(args, kwargs),
-            InsertQuantizers(config),
-        ),
+    captured.meta[KEY] = facts
+    return captured
+
+
+def _insertion(example_input: ExampleInput, facts: ModelFacts) -> tuple[Pass, ...]:
+    """The passes from a captured graph to one with quantizers."""
+    args, kwargs = facts.inputs.args_kwargs(example_input)
+    return (
+        AnnotateOperations(),
+        ExposeWeights(),
+        *((FoldBatchNorm(),) if facts.folded else ()),
+        PropagateShapes(args, kwargs),
+        InsertQuantizers(facts.config),
     )

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from gdnsq_fx.analysis.divergence import sample_products
 from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
 from gdnsq_fx.annotations import facts
-from gdnsq_fx.optable import OpInfo
+from gdnsq_fx.opinfo import OpInfo
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
 
 

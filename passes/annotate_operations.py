@@ -13,7 +13,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import annotate, facts
-from gdnsq_fx.optable import DEFAULT_TABLE, OpInfo, OpTable
+from gdnsq_fx.opinfo import OpInfo, OpTable
+from gdnsq_fx.optable import DEFAULT_TABLE
 
 from ._base import Pass
 

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from gdnsq_fx.annotations import annotate, facts
-from gdnsq_fx.optable import OpInfo
+from gdnsq_fx.opinfo import OpInfo
 
 from ._base import Pass
 

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 
 from gdnsq_fx.annotations import annotate, compute_nodes, facts
 from gdnsq_fx.errors import PassError
-from gdnsq_fx.optable import ChannelLayout, OpInfo
+from gdnsq_fx.opinfo import ChannelLayout, OpInfo
 
 from ._base import Pass
 

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import annotate, compute_nodes, described, facts, shape_facts
 from gdnsq_fx.errors import NothingToQuantizeError, PassError
-from gdnsq_fx.optable import PER_TENSOR, ChannelLayout, OpInfo
+from gdnsq_fx.opinfo import PER_TENSOR, ChannelLayout, OpInfo
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 from gdnsq_fx.spec import QuantConfig, QuantSpec
 

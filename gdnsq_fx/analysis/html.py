@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
+from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
 from gdnsq_fx.analysis.text import bits_of, divergence, quantity
-
-if TYPE_CHECKING:
-    from gdnsq_fx.analysis.report import CapacityReport, EdgeReport
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem;
@@ -28,7 +25,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def html_page(report: CapacityReport) -> str:
+def html_page(report: Findings) -> str:
     """The page as a string."""
     worst = max((e.predicted_divergence for e in report.edges), default=0.0)
     head = "".join(f"<th>{escape(column)}</th>" for column in _COLUMNS)
@@ -66,7 +63,7 @@ def _row(edge: EdgeReport, worst: float) -> str:
     return f"<tr{mark}>{data}<td>{bar}</td></tr>"
 
 
-def _summary(report: CapacityReport) -> str:
+def _summary(report: Findings) -> str:
     totals, coverage, cut = report.totals, report.coverage, report.cut
     facts = [
         f"Size {quantity(totals.size_bytes, 'B')} against "
@@ -84,7 +81,7 @@ def _summary(report: CapacityReport) -> str:
     return "".join(f"<p>{escape(fact)}</p>" for fact in facts)
 
 
-def _skipped(report: CapacityReport) -> str:
+def _skipped(report: Findings) -> str:
     if not report.coverage.skipped:
         return ""
     items = "".join(

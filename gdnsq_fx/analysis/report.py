@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.coverage import Coverage, Totals, coverage_of, totals_of
 from gdnsq_fx.analysis.cuts import MinimumCut, capacity_graph, minimum_cut
+from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
 from gdnsq_fx.analysis.html import html_page
 from gdnsq_fx.analysis.text import report_text
 from gdnsq_fx.annotations import EdgeFacts, facts
@@ -18,36 +19,6 @@ from gdnsq_fx.errors import PassError
 from gdnsq_fx.sites import ActivationSite, WeightSite, sites
 
 BOTTLENECK_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class EdgeReport:
-    """One quantized edge. Units: bits per sample, dB, nats per sample.
-
-    Attributes:
-        name: ``layer.input`` or ``layer.weight``.
-        op: operation that reads it first.
-        shape: of the value, with batch size 1 for activations.
-        bits: hard bit-width now; ``target_bits`` is the one to meet.
-        bottleneck: among the fewest edges whose predicted divergences make up half of
-            the sum over all edges.
-
-    The rest as in `EdgeFacts`; utilisation is entropy / capacity.
-    """
-
-    name: str
-    op: str
-    shape: tuple[int, ...]
-    bits: int
-    target_bits: int
-    capacity: float
-    entropy: float
-    utilisation: float
-    sqnr_db: float
-    clipped: float
-    predicted_divergence: float
-    measured_divergence: float | None
-    bottleneck: bool
 
 
 @dataclass(frozen=True)
@@ -72,7 +43,7 @@ class CapacityReport:
 
     def to_text(self, limit: int | None = 40) -> str:
         """The report as plain text, the worst ``limit`` edges (None: all)."""
-        return report_text(self, limit)
+        return report_text(self._findings(), limit)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the graph, JSON-able."""
@@ -88,10 +59,13 @@ class CapacityReport:
 
     def to_html(self, path: str | Path | None = None) -> str:
         """One self-contained page; written to ``path`` where given."""
-        page = html_page(self)
+        page = html_page(self._findings())
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
+
+    def _findings(self) -> Findings:
+        return Findings(self.edges, self.cut, self.totals, self.coverage)
 
 
 def build_report(graph_module: GraphModule) -> CapacityReport:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tabulate import SEPARATING_LINE, tabulate
 
-if TYPE_CHECKING:
-    from gdnsq_fx.analysis.report import CapacityReport, EdgeReport
+from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
 
 WIDTH = 100
 MARK = "<<"
@@ -16,7 +14,7 @@ _HEADERS = ("edge", "op", "shape", "bits", "capacity", "entropy", "used", "SQNR"
 _LEFT = 3  # edge, op and shape are text; the rest are numbers
 
 
-def report_text(report: CapacityReport, limit: int | None) -> str:
+def report_text(report: Findings, limit: int | None) -> str:
     """Table of edges, then cut, totals, coverage and skipped nodes."""
     shown = report.edges[:limit]
     hidden = len(report.edges) - len(shown)
@@ -93,7 +91,7 @@ def divergence(value: float | None) -> str:
     return "" if value is None else f"{value:.2e}"
 
 
-def _summary(report: CapacityReport) -> list[str]:
+def _summary(report: Findings) -> list[str]:
     totals, coverage, cut = report.totals, report.coverage, report.cut
     lines = [
         "capacity, entropy: bits per sample; SQNR: dB; divergence: predicted Jeffreys "
@@ -126,7 +124,7 @@ def _summary(report: CapacityReport) -> list[str]:
     ]
 
 
-def _skipped(report: CapacityReport) -> list[str]:
+def _skipped(report: Findings) -> list[str]:
     if not report.coverage.skipped:
         return []
     lines = ["skipped:"]

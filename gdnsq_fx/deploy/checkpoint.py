@@ -30,12 +30,14 @@ class Contents:
     Attributes:
         path: the file, for messages.
         config: how the model was quantized.
+        folded: BatchNorm was folded before quantizers were inserted.
         max_codes: largest code of each activation edge, by its ``quantizers.`` path.
         tensors: state of the integer graph.
     """
 
     path: str
     config: QuantConfig
+    folded: bool
     max_codes: dict[str, int]
     tensors: dict[str, Tensor]
 
@@ -51,8 +53,10 @@ def write(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
         raise PassError(
             "only a converted model can be saved; call gdnsq_fx.convert(qmodel) first"
         )
+    facts = model_facts(imodel)
     description = {
-        "config": model_facts(imodel).config.to_dict(),
+        "config": facts.config.to_dict(),
+        "folded": facts.folded,
         "max_codes": _max_codes(imodel),
     }
     return write_file(path, imodel.state_dict(), codes, description)
@@ -68,9 +72,12 @@ def read(path: str | os.PathLike[str]) -> Contents:
     try:
         config: Any = found.description["config"]
         max_codes: Any = found.description["max_codes"]
-        checked = {str(k): int(v) for k, v in max_codes.items()}
         return Contents(
-            str(Path(path)), QuantConfig.from_dict(config), checked, dict(found.tensors)
+            path=str(Path(path)),
+            config=QuantConfig.from_dict(config),
+            folded=found.description["folded"] is True,
+            max_codes={str(k): int(v) for k, v in max_codes.items()},
+            tensors=dict(found.tensors),
         )
     except (KeyError, AttributeError, TypeError, ValueError, ConfigError) as error:
         raise FileFormatError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.errors import CalibrationError
-from gdnsq_fx.optable import ChannelLayout
+from gdnsq_fx.opinfo import ChannelLayout
 from gdnsq_fx.quantize.functions import (
     max_code,
     quantize_activation,
