@@ -60,6 +60,7 @@ class NodeFacts:
         layer: name of the layer it stands for, such as ``layer1.0.conv1``.
         shape: shape of its value on the example input, None before propagation or
             where the value is not a tensor.
+        dtype: of its value; None as for ``shape``.
         batch: size of the batch that ``shape`` was taken with.
         elements: tensor elements per sample in the value, 0 where it holds no tensor.
         macs: MACs per sample; 0 where it does not multiply and accumulate.
@@ -70,6 +71,7 @@ class NodeFacts:
     op: OpInfo | None = None
     layer: str = ""
     shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
     batch: int = 1
     elements: int = 0
     macs: int = 0
@@ -122,7 +124,8 @@ def annotate(node: Node, **changes: Any) -> None:
 def shape_facts(node: Node) -> dict[str, Any]:
     """The facts that a node which passes its input's shape on has in common with it."""
     found = facts(node)
-    return {"shape": found.shape, "batch": found.batch, "elements": found.elements}
+    shared = ("shape", "dtype", "batch", "elements")
+    return {name: getattr(found, name) for name in shared}
 
 
 def source_of(node: Node) -> str:

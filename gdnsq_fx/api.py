@@ -16,7 +16,7 @@ from gdnsq_fx.analysis.report import CapacityReport, build_report
 from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
 from gdnsq_fx.capture.capture import capture
 from gdnsq_fx.deploy import checkpoint
-from gdnsq_fx.errors import PassError
+from gdnsq_fx.errors import NothingToQuantizeError, PassError, PatternError
 from gdnsq_fx.inputs import ExampleInput, InputStructure, check_device
 from gdnsq_fx.passes import (
     AnalyzeCapacity,
@@ -32,6 +32,7 @@ from gdnsq_fx.passes import (
     run_passes,
 )
 from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.sites import require_quantizers
 from gdnsq_fx.spec import QuantConfig
 
 
@@ -120,6 +121,7 @@ def convert(qmodel: GraphModule) -> GraphModule:
         PassError: not a prepared model, or not calibrated.
     """
     model_facts(qmodel)
+    require_quantizers(qmodel, "convert")
     frozen = copy.deepcopy(qmodel).eval()
     return run_passes(frozen, (FreezeQuantizers(), LowerToInteger()))
 
@@ -162,7 +164,10 @@ def load(
         contents.config, InputStructure.of(example_input), contents.folded
     )
     captured = _captured(model, example_input, facts).eval()
-    skeleton = run_passes(captured, _insertion(example_input, facts))
+    try:
+        skeleton = run_passes(captured, _insertion(example_input, facts))
+    except (NothingToQuantizeError, PatternError) as error:
+        raise checkpoint.other_model(contents, str(error)) from error
     checkpoint.place_levels(skeleton, contents)
     return checkpoint.fill(convert(skeleton), contents)
 
@@ -184,7 +189,7 @@ def _insertion(example_input: ExampleInput, facts: ModelFacts) -> tuple[Pass, ..
     return (
         AnnotateOperations(),
         ExposeWeights(),
-        *((FoldBatchNorm(),) if facts.folded else ()),
         PropagateShapes(args, kwargs),
+        *((FoldBatchNorm(),) if facts.folded else ()),
         InsertQuantizers(facts.config),
     )

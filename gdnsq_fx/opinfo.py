@@ -8,6 +8,7 @@ output may be (never negative, or so whenever its inputs are).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -89,6 +90,8 @@ class OpInfo:
             operations that do not multiply and accumulate.
         layout: ``(bound arguments) -> ChannelLayout`` of the weight.
         open: ``(module) -> OpenedCall``; None where the module has no weights.
+        aliases: other names that some spelling has for an argument.
+        channel_dim: dimension of the output that counts output channels.
         boundary: this kind counts as a network's ``first`` or ``last`` layer.
         sign: what the output's sign is known to be.
     """
@@ -102,6 +105,8 @@ class OpInfo:
     macs: Callable[[Mapping[str, Shape], Shape], int] | None = None
     layout: Callable[[Mapping[str, Any]], ChannelLayout] | None = None
     open: Callable[[nn.Module], OpenedCall] | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    channel_dim: int = 1
     boundary: Literal["first", "last"] | None = None
     sign: Sign = "any"
 
@@ -114,17 +119,32 @@ class OpInfo:
         """Arguments of a call node by name; a module call binds its inputs only."""
         names = self.parameters
         if node.op == "call_module":
-            names = tuple(
-                n for n in names if self.roles.get(n, "activation") != "weight"
-            )
-        return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+            names = tuple(n for n in names if self.roles.get(n) != "weight")
+        return self.named(node.args, node.kwargs, names)
+
+    def named(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        names: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Positional and keyword arguments under their names in this row."""
+        given = {self.aliases.get(name, name): value for name, value in kwargs.items()}
+        return {**dict(zip(names or self.parameters, args, strict=False)), **given}
+
+    def replaced(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, value: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with one of them set, wherever it stands."""
+        position = self.parameters.index(name)
+        if position < len(args):
+            return (*args[:position], value, *args[position + 1 :]), dict(kwargs)
+        spelled = next((k for k in kwargs if self.aliases.get(k, k) == name), name)
+        return tuple(args), {**kwargs, spelled: value}
 
     def with_argument(self, node: Node, name: str, value: Any) -> None:
-        """Replace one named argument of a call node, wherever it stands."""
-        if name in node.kwargs:
-            node.update_kwarg(name, value)
-            return
-        node.update_arg(self.parameters.index(name), value)
+        """Set one named argument of a call node, wherever it stands."""
+        node.args, node.kwargs = self.replaced(node.args, node.kwargs, name, value)
 
 
 class OpTable:
@@ -163,3 +183,25 @@ class OpTable:
             if row is not None:
                 return row if type(module).forward is base.forward else None
         return None
+
+
+_IN_PLACE = (
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.imatmul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
+    operator.setitem,
+)
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether a call node changes its first argument (``x.add_``, ``x += y``)."""
+    if node.kwargs.get("inplace") is True or node.target in _IN_PLACE:
+        return True
+    name = str(getattr(node.target, "__name__", node.target))
+    called = node.op in ("call_method", "call_function")
+    return called and name.endswith("_") and not name.endswith("__")

@@ -152,6 +152,7 @@ _COMPUTE = (
         macs=_forward_macs,
         layout=_rows_are_channels,
         open=_open_linear,
+        channel_dim=-1,
         boundary="last",
     ),
     OpInfo(
@@ -159,6 +160,7 @@ _COMPUTE = (
         ("input", "other"),
         roles={"input": "activation", "other": "activation"},
         functions=(torch.matmul, operator.matmul, torch.bmm, torch.mm),
+        aliases={"mat2": "other", "tensor1": "input", "tensor2": "other"},
         methods=("matmul", "bmm", "mm"),
         macs=_matmul_macs,
     ),
@@ -187,7 +189,7 @@ _NONNEGATIVE = (
         (F.softmax, torch.softmax),
         ("softmax",),
     ),
-    _unary("abs", "nonnegative", (), (torch.abs, abs), ("abs",)),
+    _unary("abs", "nonnegative", (), (torch.abs, abs, operator.abs), ("abs",)),
 )
 
 # What moves, picks, averages or drops values keeps their sign.
@@ -207,6 +209,9 @@ _SIGN_KEEPING = (
             nn.AdaptiveAvgPool3d,
         ),
         (
+            torch.max_pool1d,
+            torch.max_pool2d,
+            torch.max_pool3d,
             F.max_pool1d,
             F.max_pool2d,
             F.max_pool3d,
@@ -234,10 +239,29 @@ _SIGN_KEEPING = (
     ),
     OpInfo(
         "add",
-        ("input", "other"),
-        roles={"input": "activation", "other": "activation"},
+        ("input", "other", "alpha"),
+        # A negative alpha turns a sum into a difference: it counts like an operand.
+        roles={"input": "activation", "other": "activation", "alpha": "activation"},
         functions=(torch.add, operator.add, operator.iadd),
         methods=("add", "add_"),
+        sign="inherits",
+    ),
+    OpInfo(
+        "pad",
+        ("input", "pad", "mode", "value"),
+        roles={"input": "activation", "value": "activation"},
+        modules=(
+            nn.ZeroPad1d,
+            nn.ZeroPad2d,
+            nn.ZeroPad3d,
+            nn.ReflectionPad1d,
+            nn.ReflectionPad2d,
+            nn.ReflectionPad3d,
+            nn.ReplicationPad1d,
+            nn.ReplicationPad2d,
+            nn.ReplicationPad3d,
+        ),
+        functions=(F.pad,),
         sign="inherits",
     ),
     OpInfo(

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from gdnsq_fx.state import in_evaluation
 
 Q = TypeVar("Q", bound=Quantizer)
 
@@ -48,7 +49,9 @@ class ActivationSite(Site[ActivationQuantizer]):
 def stored_value(owner: GraphModule, node: Node) -> Tensor:
     """The tensor behind a ``get_attr`` node or the call of a parametrization."""
     if node.op == "call_module":
-        return owner.get_submodule(str(node.target))()
+        module = owner.get_submodule(str(node.target))
+        with in_evaluation(module):  # a look must not move its buffers (spectral norm)
+            return module()
     prefix, _, name = str(node.target).rpartition(".")
     return getattr(owner.get_submodule(prefix), name)
 

@@ -58,6 +58,8 @@ class Override:
             _check_choice("estimator", self.estimator, get_args(Estimator))
         if self.offset is not None:
             _check_choice("offset", self.offset, get_args(Offset))
+        if self.per_channel is not None:
+            _check_flag("per_channel", self.per_channel)
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,10 @@ class QuantConfig:
         _check_choice("offset", self.offset, get_args(Offset))
         if self.first_last not in (None, "exclude"):
             _check_bits("first_last", self.first_last)
+        _check_flag("per_channel", self.per_channel)
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
-        object.__setattr__(
-            self, "overrides", {p: _override(p, o) for p, o in self.overrides.items()}
-        )
+        object.__setattr__(self, "overrides", _overrides(self.overrides))
 
     def selects(self, layer: str, operation: str) -> bool:
         """Whether include and exclude select this layer (name, operation name)."""
@@ -185,7 +186,8 @@ def matches(pattern: str, layer: str, operation: str) -> bool:
     """Whether a pattern selects a layer by name or, after ``op:``, by operation."""
     if pattern.startswith(OPERATION_PREFIX):
         return fnmatchcase(operation, pattern.removeprefix(OPERATION_PREFIX))
-    return fnmatchcase(layer, pattern)
+    # A layer that is called again is "name#2"; its plain name stands for every call.
+    return fnmatchcase(layer, pattern) or fnmatchcase(layer.partition("#")[0], pattern)
 
 
 def _any(patterns: Iterable[str], layer: str, operation: str) -> bool:
@@ -196,9 +198,21 @@ def _fields(override: Override | Mapping[str, Any]) -> dict[str, Any]:
     return asdict(override) if isinstance(override, Override) else dict(override)
 
 
+def _overrides(given: object) -> dict[str, Override]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"overrides is a mapping of pattern to settings, got {given!r}; write "
+            'overrides={"layer1.*": {"weight_bits": 4}}'
+        )
+    entries: Mapping[Any, Any] = given
+    return {str(pattern): _override(pattern, one) for pattern, one in entries.items()}
+
+
 def _override(pattern: str, given: Override | Mapping[str, Any]) -> Override:
     try:
         return given if isinstance(given, Override) else Override(**given)
+    except ConfigError as error:
+        raise ConfigError(f"overrides[{pattern!r}]: {error}") from error
     except TypeError as error:
         raise ConfigError(
             f"overrides[{pattern!r}]: {error}; the fields are "
@@ -206,13 +220,21 @@ def _override(pattern: str, given: Override | Mapping[str, Any]) -> Override:
         ) from error
 
 
-def _patterns(name: str, given: Iterable[str]) -> tuple[str, ...]:
+def _patterns(name: str, given: object) -> tuple[str, ...]:
     if isinstance(given, str):
         raise ConfigError(
             f"{name} is a sequence of patterns, got the string {given!r}; "
             f"write {name}=({given!r},)"
         )
-    return tuple(given)
+    patterns: tuple[object, ...] = tuple(given) if isinstance(given, Iterable) else ()
+    if not isinstance(given, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise ConfigError(f"{name} is a sequence of strings, got {given!r}")
+    return tuple(str(pattern) for pattern in patterns)
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_bits(name: str, bits: object) -> None:

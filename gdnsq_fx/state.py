@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
+
+# Buffers that a forward pass replaced have no public way back.
+# pyright: reportPrivateUsage=false
+
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 
 @contextmanager
@@ -34,14 +43,17 @@ def in_evaluation(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def preserved_state(*modules: nn.Module) -> Generator[None]:
-    """Restore buffers, training flags and the random state on the way out."""
-    buffers = {id(b): b for m in modules for b in m.buffers()}
+    """Restore buffers, modes, tensors kept as attributes, and the random state.
+
+    A forward pass may write into buffers, replace them, or keep a tensor on ``self``.
+    """
+    every = {id(m): m for root in modules for m in root.modules()}.values()
+    buffers = {id(b): b for root in modules for b in root.buffers() if not is_lazy(b)}
     saved = [(b, b.detach().clone()) for b in buffers.values()]
-    devices = {b.device for b in buffers.values() if b.device.type == "cuda"}
+    attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in every]
+    cuda = {b.device.index or 0 for b in buffers.values() if b.device.type == "cuda"}
     with ExitStack() as stack:
-        stack.enter_context(
-            torch.random.fork_rng(devices=[d.index or 0 for d in devices])
-        )
+        stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
         for module in modules:
             stack.enter_context(preserved_modes(module))
         try:
@@ -50,3 +62,32 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
             with torch.no_grad():
                 for buffer, value in saved:
                     buffer.copy_(value)
+            for module, before, registered in attributes:
+                _restore(module, before, registered)
+
+
+def cloned(tree: Any) -> Any:
+    """The same structure with every tensor cloned: a model may write into its input."""
+    return tree_map(_clone, tree)
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _restore(
+    module: nn.Module, before: dict[str, Any], buffers: dict[str, Tensor | None]
+) -> None:
+    """Put back replaced buffers, and attributes that came to hold a tensor."""
+    for name, buffer in buffers.items():
+        if name in module._buffers and not is_lazy(cast(Tensor, buffer)):
+            module._buffers[name] = buffer
+    for name, value in list(vars(module).items()):
+        if name in _REGISTRIES or value is before.get(name):
+            continue
+        if not any(isinstance(leaf, Tensor | Proxy) for leaf in tree_leaves(value)):
+            continue
+        if name in before:
+            vars(module)[name] = before[name]
+        else:
+            del vars(module)[name]

@@ -6,14 +6,18 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.utils._pytree import tree_leaves
 
-from gdnsq_fx.annotations import facts
-from gdnsq_fx.errors import PassError
+from gdnsq_fx.annotations import KEY
+from gdnsq_fx.errors import CalibrationError, PassError
+from gdnsq_fx.inputs import Batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: options may be unhashable
 class Pass(PassBase):
     """A graph -> graph (or graph -> facts) step for any `torch.fx` ``PassManager``.
 
@@ -52,11 +56,17 @@ class Pass(PassBase):
         Raises:
             PassError: names this pass and the one to run first.
         """
-        if not any(facts(node).op for node in graph_module.graph.nodes):
+        if not any(KEY in node.meta for node in graph_module.graph.nodes):
             raise PassError(
                 f"{self.name} needs annotated operations, and this graph has none; "
                 "run AnnotateOperations first"
             )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called along with the module."""
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)
 
 
 def forward_parameters(graph_module: GraphModule) -> list[Node]:
@@ -82,3 +92,17 @@ def placeholder_values(
         else:
             raise PassError(f"no value for the input {name!r} of the graph")
     return values
+
+
+def check_finite(batch: Batch, name: str) -> None:
+    """Refuse a batch with NaN or infinite inputs.
+
+    Raises:
+        CalibrationError: names the batch and the shape of the input.
+    """
+    for leaf in tree_leaves((batch.args, batch.kwargs)):
+        if isinstance(leaf, Tensor) and not torch.isfinite(leaf).all():
+            raise CalibrationError(
+                f"{name} holds NaN or infinite values in an input of shape "
+                f"{tuple(leaf.shape)}; remove or repair that sample"
+            )

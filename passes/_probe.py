@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -110,19 +110,13 @@ class EdgeProbe(Interpreter):
     def _effect(self, node: Node, op: OpInfo, name: str, error: Tensor) -> Tensor:
         """The operation applied to the error of one argument, without bias."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        bound = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
-        bound[name] = error
+        args, kwargs = op.replaced(args, kwargs, name, error)
         for argument, role in op.roles.items():
-            if role == "bias" and argument in bound:
-                bound[argument] = None
-        return self._call(node, op, bound)
-
-    def _call(self, node: Node, op: OpInfo, bound: dict[str, Any]) -> Tensor:
-        positional = [bound[p] for p in op.parameters if p in bound]
+            if role == "bias" and op.named(args, kwargs).get(argument) is not None:
+                args, kwargs = op.replaced(args, kwargs, argument, None)
         if node.op == "call_method":
-            return getattr(positional[0], str(node.target))(*positional[1:])
-        assert callable(node.target)
-        return node.target(*positional)
+            return self.call_method(str(node.target), args, kwargs)
+        return self.call_function(cast(Any, node.target), args, kwargs)
 
 
 def _probed(value: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.divergence import (
@@ -22,17 +24,17 @@ from gdnsq_fx.analysis.divergence import (
 )
 from gdnsq_fx.analysis.edge_statistics import EdgeStatistics, statistics_of
 from gdnsq_fx.annotations import annotate, facts
-from gdnsq_fx.errors import CalibrationError
+from gdnsq_fx.errors import CalibrationError, ConfigError
 from gdnsq_fx.inputs import Batch, InputStructure, batch_size, check_device
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.sites import ActivationSite, WeightSite, require_quantizers, sites
-from gdnsq_fx.state import preserved_state
+from gdnsq_fx.state import cloned, preserved_state
 
-from ._base import Pass, placeholder_values
+from ._base import Pass, check_finite, placeholder_values
 from ._probe import EdgeProbe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnalyzeCapacity(Pass):
     """Write `EdgeFacts` on every quantizer node.
 
@@ -51,6 +53,18 @@ class AnalyzeCapacity(Pass):
     confirm: int = 0
     curvature: Curvature = "softmax"
 
+    def __post_init__(self) -> None:
+        if self.draws < 1 or self.confirm < 0:
+            raise ConfigError(
+                "draws must be at least 1 and confirm at least 0, got "
+                f"{self.draws} and {self.confirm}"
+            )
+        if self.curvature not in get_args(Curvature):
+            raise ConfigError(
+                f"curvature must be one of {', '.join(get_args(Curvature))}, got "
+                f"{self.curvature!r}"
+            )
+
     def requires(self, graph_module: GraphModule) -> None:
         """There are calibrated quantizers."""
         require_quantizers(graph_module, self.name)
@@ -66,6 +80,7 @@ class AnalyzeCapacity(Pass):
             for one in batches:
                 batch = self.inputs.split(one)
                 check_device(graph_module, batch.args, batch.kwargs)
+                check_finite(batch, "an analysis batch")
                 samples += self._measure(graph_module, batch, found, generator)
             if not samples:
                 raise CalibrationError(
@@ -87,7 +102,8 @@ class AnalyzeCapacity(Pass):
         """One batch: forward with probes, then ``draws`` backward passes."""
         size = batch_size(batch.args, batch.kwargs)
         probe = EdgeProbe(graph_module, found)
-        values = placeholder_values(graph_module, batch.args, batch.kwargs)
+        args, kwargs = cloned((batch.args, batch.kwargs))
+        values = placeholder_values(graph_module, args, kwargs)
         with torch.enable_grad():
             logits = primary_output(probe.run(*values))
         tensors = [tensor for tensor, _, _ in probe.probes]
@@ -124,15 +140,20 @@ class AnalyzeCapacity(Pass):
         for one in batches:
             batch = self.inputs.split(one)
             with quantization_disabled(graph_module):
-                wanted = primary_output(graph_module(*batch.args, **batch.kwargs))
+                wanted = _output(graph_module, batch)
                 site.quantizer.enabled = True
-                got = primary_output(graph_module(*batch.args, **batch.kwargs))
+                got = _output(graph_module, batch)
             if self.curvature == "softmax":
                 total += float(jeffreys(got, wanted).sum())
             else:
                 total += float((got - wanted).square().sum())
             samples += batch_size(batch.args, batch.kwargs)
         return total / samples
+
+
+def _output(graph_module: GraphModule, batch: Batch) -> Tensor:
+    args, kwargs = cloned((batch.args, batch.kwargs))
+    return primary_output(graph_module(*args, **kwargs))
 
 
 def _predicted(site: WeightSite | ActivationSite) -> float:

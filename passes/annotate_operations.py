@@ -15,11 +15,13 @@ from torch.fx import GraphModule, Node
 from gdnsq_fx.annotations import annotate, facts
 from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
+from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
+from gdnsq_fx.quantize.quantizer import Quantizer
 
 from ._base import Pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnnotateOperations(Pass):
     """Write ``op``, ``layer`` and, where nothing is known, the reason for a skip.
 
@@ -33,6 +35,7 @@ class AnnotateOperations(Pass):
         """Facts only: the graph stays as it is."""
         for node in graph_module.graph.nodes:
             if not node.op.startswith("call_"):
+                annotate(node)  # marks the graph as annotated
                 continue
             op = self.table.find(node, graph_module)
             layer = facts(node).layer or _layer_name(node, op)
@@ -79,7 +82,8 @@ def _unknown(node: Node, op: OpInfo | None, owner: GraphModule) -> str | None:
     if op is not None or node.op != "call_module":
         return facts(node).skip
     module = owner.get_submodule(str(node.target))
-    if not _has_weights(module):
+    ours = isinstance(module, Quantizer | FrozenActivation | FrozenWeight)
+    if ours or not node.all_input_nodes or not _has_weights(module):
         return None
     return f"{type(module).__name__} is not in the op table"
 

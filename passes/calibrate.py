@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
 from gdnsq_fx.errors import CalibrationError
-from gdnsq_fx.inputs import Batch, InputStructure, check_device
+from gdnsq_fx.inputs import InputStructure, check_device
 from gdnsq_fx.quantize.observer import Observer
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.sites import (
@@ -29,10 +27,10 @@ from gdnsq_fx.sites import (
 )
 from gdnsq_fx.state import preserved_state
 
-from ._base import Pass
+from ._base import Pass, check_finite
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibrate(Pass):
     """Run the batches through the model at identity precision and place the levels.
 
@@ -92,7 +90,7 @@ class Calibrate(Pass):
             for count, one in enumerate(self.batches, start=1):
                 batch = self.inputs.split(one)
                 check_device(graph_module, batch.args, batch.kwargs)
-                _check_finite(batch, count)
+                check_finite(batch, f"calibration batch {count}")
                 graph_module(*batch.args, **batch.kwargs)
         return count
 
@@ -110,12 +108,3 @@ def _observing(sites: list[ActivationSite]) -> Generator[dict[str, Observer]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _check_finite(batch: Batch, number: int) -> None:
-    for leaf in tree_leaves((batch.args, batch.kwargs)):
-        if isinstance(leaf, Tensor) and not torch.isfinite(leaf).all():
-            raise CalibrationError(
-                f"calibration batch {number} holds NaN or infinite values in an input "
-                f"of shape {tuple(leaf.shape)}; remove or repair that sample"
-            )

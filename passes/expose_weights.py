@@ -16,18 +16,25 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from gdnsq_fx.annotations import annotate, facts
-from gdnsq_fx.opinfo import OpInfo
+from gdnsq_fx.opinfo import OpInfo, OpTable
+from gdnsq_fx.optable import DEFAULT_TABLE
 
-from ._base import Pass
+from ._base import Pass, has_hooks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExposeWeights(Pass):
-    """Open every layer whose row of the op table says how, or say why not."""
+    """Open every layer whose row of the op table says how, or say why not.
+
+    Attributes:
+        table: the op table, for nodes that opening adds.
+    """
+
+    table: OpTable = DEFAULT_TABLE
 
     def requires(self, graph_module: GraphModule) -> None:
         """Operations must be annotated."""
@@ -46,9 +53,35 @@ class ExposeWeights(Pass):
             if reason is not None:
                 annotate(node, skip=reason)
                 continue
-            _open(graph_module.graph, node, module, op, sources)
+            self._open(graph_module, node, op, sources)
             modified = True
         return modified
+
+    def _open(
+        self, owner: GraphModule, node: Node, op: OpInfo, sources: _Sources
+    ) -> None:
+        assert op.open is not None
+        path = str(node.target)
+        module = owner.get_submodule(path)
+        call = op.open(module)
+        value = op.bind(node)["input"]
+        weight = sources.of(path, module, "weight")
+        bias = sources.of(path, module, "bias")
+        with owner.graph.inserting_before(node):
+            if call.pad:
+                arguments = (value, call.pad, call.pad_mode)
+                value = owner.graph.call_function(F.pad, arguments)
+                annotate(value, op=self.table.find(value, owner), layer=path)
+            opened = owner.graph.create_node(
+                "call_function",
+                call.function,
+                (value, weight, bias),
+                dict(call.settings),
+                node.name,
+            )
+        opened.meta = dict(node.meta)
+        node.replace_all_uses_with(opened)
+        owner.graph.erase_node(node)
 
 
 class _Sources:
@@ -83,6 +116,7 @@ class _Sources:
     def _once(self, target: str, kind: str) -> Node:
         found = list(self.graph.find_nodes(op=kind, target=target))
         if found:
+            self._move_up(found[0])
             return found[0]
         with self.graph.inserting_before(self._first_call()):
             name = target.replace(".", "_")
@@ -100,34 +134,9 @@ class _Sources:
             first.prepend(node)
 
 
-def _open(
-    graph: Graph, node: Node, module: nn.Module, op: OpInfo, sources: _Sources
-) -> None:
-    assert op.open is not None
-    call = op.open(module)
-    path = str(node.target)
-    value = op.bind(node)["input"]
-    weight = sources.of(path, module, "weight")
-    bias = sources.of(path, module, "bias")
-    with graph.inserting_before(node):
-        if call.pad:
-            value = graph.call_function(F.pad, (value, call.pad, call.pad_mode))
-        opened = graph.create_node(
-            "call_function",
-            call.function,
-            (value, weight, bias),
-            dict(call.settings),
-            node.name,
-        )
-    opened.meta = dict(node.meta)
-    node.replace_all_uses_with(opened)
-    graph.erase_node(node)
-
-
 def _refusal(module: nn.Module, op: OpInfo, node: Node) -> str | None:
     """Why this layer must stay a module, None where it need not."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    if any(getattr(module, kind) for kind in kinds):
+    if has_hooks(module):
         return "has hooks, which a function call would drop; remove them before prepare"
     extra = set(op.bind(node)) - {"input"}
     if extra or len(node.args) > 1:

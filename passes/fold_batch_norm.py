@@ -24,10 +24,10 @@ from gdnsq_fx.annotations import annotate, compute_nodes, facts
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.opinfo import ChannelLayout, OpInfo
 
-from ._base import Pass
+from ._base import Pass, has_hooks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FoldBatchNorm(Pass):
     """Fold what can be folded; a BatchNorm that cannot keeps its reason in ``skip``."""
 
@@ -73,6 +73,12 @@ def _refusal(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> str
     bound = op.bind(node)
     sources = [bound.get("weight"), bound.get("bias")]
     parameters = [s for s in sources if isinstance(s, Node)]
+    kept = _kept_as_module(norm)
+    if kept is not None:
+        return f"BatchNorm not folded: it {kept}"
+    shape = facts(node).shape
+    if op.channel_dim != 1 and (shape is None or len(shape) != 2):
+        return "BatchNorm not folded: its channels are not those of the layer"
     if norm.running_mean is None or norm.running_var is None:
         return "BatchNorm not folded: it keeps no running statistics"
     if len(node.users) > 1:
@@ -81,6 +87,17 @@ def _refusal(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> str
         return "BatchNorm not folded: the weight is quantized or parametrized"
     if any(len(p.users) > 1 for p in parameters):
         return "BatchNorm not folded: its layer shares a parameter with another"
+    return None
+
+
+def _kept_as_module(norm: nn.Module) -> str | None:
+    """What a norm does besides normalizing with running statistics."""
+    if norm.training:
+        return "is in training"
+    if type(norm).forward is not _BatchNorm.forward:
+        return "has a forward of its own"
+    if has_hooks(norm):
+        return "has hooks"
     return None
 
 
@@ -117,7 +134,9 @@ def _add_bias(owner: GraphModule, node: Node, op: OpInfo, bias: Tensor) -> None:
     """Register the new bias beside its weight and pass it to the call."""
     prefix, _, _ = str(op.bind(node)["weight"].target).rpartition(".")
     parent = owner.get_submodule(prefix)
-    name = "bias" if getattr(parent, "bias", None) is None else "folded_bias"
+    name = "bias"
+    while getattr(parent, name, None) is not None:
+        name = f"folded_{name}"
     setattr(parent, name, nn.Parameter(bias))
     target = f"{prefix}.{name}" if prefix else name
     with owner.graph.inserting_before(node):

@@ -19,7 +19,7 @@ from gdnsq_fx.sites import WeightSite, sites
 from ._base import Pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FreezeQuantizers(Pass):
     """Replace every learned quantizer; False where none is left."""
 

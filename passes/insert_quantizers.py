@@ -17,16 +17,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import annotate, compute_nodes, described, facts, shape_facts
 from gdnsq_fx.errors import NothingToQuantizeError, PassError
 from gdnsq_fx.opinfo import PER_TENSOR, ChannelLayout, OpInfo
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from gdnsq_fx.sites import stored_value
 from gdnsq_fx.spec import QuantConfig, QuantSpec
 
 from ._base import Pass
+from ._signs import nonnegative_values
 
 CONTAINER = "quantizers"
 EXCLUDED = "excluded by the configuration"
@@ -43,7 +45,7 @@ class _Edge:
     readers: tuple[tuple[Node, str], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InsertQuantizers(Pass):
     """Insert quantizers as the configuration says.
 
@@ -56,6 +58,12 @@ class InsertQuantizers(Pass):
     def requires(self, graph_module: GraphModule) -> None:
         """Operations must be annotated and their weights exposed."""
         self.require_annotations(graph_module)
+        for node in compute_nodes(graph_module):
+            if node.op == "call_module" and facts(node).skip is None:
+                raise PassError(
+                    f"{self.name} quantizes explicit weights, and {described(node)} is "
+                    "still a module; run ExposeWeights first"
+                )
 
     def ensures(self, graph_module: GraphModule) -> None:
         """At least one quantizer stands in the graph."""
@@ -64,8 +72,10 @@ class InsertQuantizers(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Insert what is missing; False where every edge has its quantizer already."""
-        nodes = [n for n in compute_nodes(graph_module) if n.op != "call_module"]
+        every = compute_nodes(graph_module)
+        nodes = [n for n in every if n.op != "call_module"]
         self._check_model(graph_module, nodes)
+        self.config.check_patterns([(facts(n).layer, _op(n).name) for n in every])
         boundary = _boundary(nodes)
         edges = [
             edge
@@ -73,8 +83,9 @@ class InsertQuantizers(Pass):
             for edge in _edges(node, self._for(node, boundary))
         ]
         merged = _merge(graph_module, edges)
+        nonnegative = nonnegative_values(graph_module)
         for edge in merged:
-            _insert(graph_module, edge)
+            _insert(graph_module, edge, edge.producer in nonnegative)
         return bool(merged)
 
     def _check_model(self, graph_module: GraphModule, nodes: list[Node]) -> None:
@@ -84,7 +95,6 @@ class InsertQuantizers(Pass):
                 f"linear, matrix product).{_reasons(graph_module)} Prepare a "
                 "sub-module that has one"
             )
-        self.config.check_patterns([(facts(n).layer, _op(n).name) for n in nodes])
 
     def _for(self, node: Node, boundary: set[Node]) -> QuantConfig:
         return self.config.for_layer(
@@ -148,7 +158,8 @@ def _edges(node: Node, config: QuantConfig) -> Iterable[_Edge]:
 def _holds_parameter(producer: Node) -> bool:
     """A stored tensor, or the output of its parametrization."""
     return producer.op == "get_attr" or (
-        producer.op == "call_module" and ".parametrizations." in str(producer.target)
+        producer.op == "call_module"
+        and "parametrizations" in str(producer.target).split(".")
     )
 
 
@@ -179,13 +190,15 @@ def _is_quantizer(owner: GraphModule, node: Node) -> bool:
     )
 
 
-def _insert(owner: GraphModule, edge: _Edge) -> None:
+def _insert(owner: GraphModule, edge: _Edge, nonnegative: bool) -> None:
     container = _container(owner)
     key = edge.name.replace(".", "_").replace("#", "_")
     while key in container:
         key += "_"
-    container[key] = _make(owner, edge)
-    with owner.graph.inserting_before(_after(edge.producer)):
+    container[key] = _make(owner, edge, nonnegative)
+    # Right before its first reader: an in-place operation may stand in between.
+    first = min(reader for reader, _ in edge.readers)
+    with owner.graph.inserting_before(first):
         node = owner.graph.create_node(
             "call_module", f"{CONTAINER}.{key}", (edge.producer,), {}, f"{key}_q"
         )
@@ -207,51 +220,15 @@ def _container(owner: GraphModule) -> nn.ModuleDict:
     return container
 
 
-def _after(producer: Node) -> Node:
-    """The node before which to insert; inputs stay together at the top."""
-    following = producer.next
-    while following.op == "placeholder":
-        following = following.next
-    return following
-
-
-def _make(owner: GraphModule, edge: _Edge) -> Quantizer:
+def _make(owner: GraphModule, edge: _Edge, nonnegative: bool) -> Quantizer:
     if edge.layout is None:
-        nonnegative = _cannot_be_negative(edge.producer)
         made = ActivationQuantizer(edge.name, edge.spec, nonnegative=nonnegative)
         made.to(_device(owner))
     else:
-        weight = _evaluate(owner, edge.producer)
+        weight = stored_value(owner, edge.producer).detach()
         made = WeightQuantizer(edge.name, edge.spec, edge.layout, weight)
     made.train(owner.training)
     return made
-
-
-def _cannot_be_negative(node: object, depth: int = 64) -> bool:
-    """Whether the op table proves that a value is never negative."""
-    if isinstance(node, int | float):
-        return node >= 0
-    if isinstance(node, list | tuple):
-        return all(_cannot_be_negative(item, depth) for item in node)
-    if not isinstance(node, Node) or depth == 0:
-        return False
-    op = facts(node).op
-    if op is None or op.sign == "any":
-        return False
-    if op.sign == "nonnegative":
-        return True
-    bound = op.bind(node)
-    return all(
-        _cannot_be_negative(bound.get(argument), depth - 1) for argument in op.roles
-    )
-
-
-def _evaluate(owner: GraphModule, node: Node) -> Tensor:
-    if node.op == "call_module":
-        with torch.no_grad():
-            return owner.get_submodule(str(node.target))()
-    prefix, _, name = str(node.target).rpartition(".")
-    return getattr(owner.get_submodule(prefix), name)
 
 
 def _device(owner: GraphModule) -> torch.device:

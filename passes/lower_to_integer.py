@@ -23,6 +23,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from gdnsq_fx.annotations import facts
 from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
@@ -31,7 +32,7 @@ from gdnsq_fx.quantize.quantizer import Quantizer
 from ._base import Pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowerToInteger(Pass):
     """Emit the integer graph; nothing changes where there is no frozen quantizer."""
 
@@ -76,6 +77,7 @@ def _lower(graph: Graph, node: Node, module: nn.Module, dtype: torch.dtype) -> b
             codes = graph.get_attr(f"{path}.codes")
             dtype = module.dtype
         else:
+            dtype = facts(node).dtype or dtype
             arguments = (node.args[0], step, offset, module.max_code)
             codes = graph.call_function(quantize, arguments)
         value = graph.create_node(
@@ -88,9 +90,13 @@ def _lower(graph: Graph, node: Node, module: nn.Module, dtype: torch.dtype) -> b
 
 
 def _drop_unread_parameters(graph: Graph) -> None:
-    """Not `eliminate_dead_code`, which would drop in-place calls nobody reads."""
-    for node in list(graph.find_nodes(op="get_attr")):
-        if not node.users:
+    """Not `eliminate_dead_code`, which would drop in-place calls nobody reads.
+
+    Parametrizations are calls without arguments.
+    """
+    stored = [*graph.find_nodes(op="get_attr"), *graph.find_nodes(op="call_module")]
+    for node in stored:
+        if not node.users and not node.args and not node.kwargs:
             graph.erase_node(node)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.nn.utils.parametrize import ParametrizationList
 
 from gdnsq_fx.annotations import compute_nodes, facts, source_of
 from gdnsq_fx.quantize.quantizer import Quantizer, WeightQuantizer
 from gdnsq_fx.sites import bit_width, weight_sites
+from gdnsq_fx.state import in_evaluation
 
 FLOAT_BITS = 32
 
@@ -65,7 +68,7 @@ def coverage_of(graph_module: GraphModule) -> Coverage:
     macs = sum(facts(n).macs for n in nodes)
     done = sum(facts(n).macs for n in nodes if _is_quantized(graph_module, n))
     covered = sum(w.numel() for w, _ in _quantized_weights(graph_module))
-    weights = sum(p.numel() for p in _model_parameters(graph_module) if p.ndim >= 2)
+    weights = sum(w.numel() for w in _stored(graph_module) if w.ndim >= 2)
     skipped = tuple(
         Skip(facts(n).layer or n.name, str(facts(n).skip), source_of(n))
         for n in graph_module.graph.nodes
@@ -78,7 +81,7 @@ def coverage_of(graph_module: GraphModule) -> Coverage:
 
 def totals_of(graph_module: GraphModule) -> Totals:
     """Size in bytes and bit operations of the graph, at the bit-widths it has now."""
-    every = sum(p.numel() for p in _model_parameters(graph_module))
+    every = sum(w.numel() for w in _stored(graph_module))
     quantized = _quantized_weights(graph_module)
     packed = sum(_packed_bytes(w, q) for w, q in quantized)
     floats = every - sum(w.numel() for w, _ in quantized)
@@ -95,15 +98,21 @@ def totals_of(graph_module: GraphModule) -> Totals:
     )
 
 
-def _model_parameters(graph_module: GraphModule) -> list[Tensor]:
-    """Parameters of the model itself, each once, without those of quantizers."""
-    ours = {
-        id(p)
-        for m in graph_module.modules()
-        if isinstance(m, Quantizer)
-        for p in m.parameters()
-    }
-    return [p for p in graph_module.parameters() if id(p) not in ours]
+def _stored(graph_module: GraphModule) -> list[Tensor]:
+    """Tensors that the deployed model stores, each once: parameters of the model.
+
+    Instead of the parameters behind a parametrization stands the tensor it makes.
+    """
+    left_out: set[int] = set()
+    made: list[Tensor] = []
+    for module in graph_module.modules():
+        if isinstance(module, ParametrizationList):
+            with torch.no_grad(), in_evaluation(module):
+                made.append(module())
+        if isinstance(module, ParametrizationList | Quantizer):
+            left_out |= {id(p) for p in module.parameters()}
+    plain = [p for p in graph_module.parameters() if id(p) not in left_out]
+    return [*plain, *made]
 
 
 def _quantized_weights(

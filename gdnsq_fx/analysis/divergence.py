@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from gdnsq_fx.errors import GdnsqError
 
 Curvature = Literal["softmax", "identity"]
+LEAST_LOG_P = -1e4
 
 
 def primary_output(output: Any) -> Tensor:
@@ -68,8 +69,9 @@ def jeffreys(logits: Tensor, reference: Tensor) -> Tensor:
         ``[B]`` divergences, at least 0.
     """
     dim = class_dim(logits)
-    log_p = torch.log_softmax(logits.float(), dim)
-    log_q = torch.log_softmax(reference.float(), dim)
+    # Masked classes have logits of -inf on both sides: 0 * (inf - inf) is no number.
+    log_p = torch.log_softmax(logits.float(), dim).clamp(min=LEAST_LOG_P)
+    log_q = torch.log_softmax(reference.float(), dim).clamp(min=LEAST_LOG_P)
     each = (log_p.exp() - log_q.exp()) * (log_p - log_q)
     return each.reshape(each.shape[0], -1).sum(1)
 
@@ -95,8 +97,8 @@ def sample_products(gradient: Tensor, error: Tensor, batch: int) -> Tensor:
     """Inner product of gradient and error for each sample, not squared yet.
 
     Args:
-        gradient, error: same shape, the samples leading (``[B, ...]`` or ``[B*T,
-        ...]``). batch: B.
+        gradient, error: same shape, ``[B, ...]`` or ``[B*T, ...]``.
+        batch: B.
 
     Returns:
         ``[B]``, or ``[1]`` where samples do not lead: signs of different samples are

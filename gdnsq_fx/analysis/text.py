@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 
 from tabulate import SEPARATING_LINE, tabulate
 
@@ -27,11 +28,11 @@ def _table(edges: Sequence[EdgeReport]) -> str:
     measured = any(e.measured_divergence is not None for e in edges)
     headers = [*_HEADERS, "divergence", *(["measured"] if measured else []), ""]
     rows = [_row(edge, measured) for edge in edges]
-    for name_width in range(40, 12, -2):
+    for name_width in range(40, 10, -1):
         table = _drawn(headers, rows, name_width)
         if max(len(line) for line in table) <= WIDTH:
             return "\n".join(table)
-    return "\n".join(_drawn(headers, rows, 12))
+    return "\n".join(_drawn(headers, rows, 10))
 
 
 def _drawn(headers: list[str], rows: list[list[str]], name_width: int) -> list[str]:
@@ -50,6 +51,7 @@ def _drawn(headers: list[str], rows: list[list[str]], name_width: int) -> list[s
 
 def quantity(value: float, unit: str = "") -> str:
     """Three significant digits with a decimal prefix: ``12.3 k``."""
+    value = float(f"{value:.3g}")  # first round: 999,999 is 1 M
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
@@ -57,11 +59,11 @@ def quantity(value: float, unit: str = "") -> str:
 
 
 def shortened(name: str, width: int) -> str:
-    """A name cut in its middle, where it is the least telling."""
+    """A name cut in its middle: both ends tell edges of one network apart."""
     if len(name) <= width:
         return name
-    tail = width // 2 + 2
-    return f"{name[: width - tail - 2]}..{name[-tail:]}"
+    tail = (width - 2) // 2
+    return f"{name[: width - 2 - tail]}..{name[-tail:]}"
 
 
 def bits_of(edge: EdgeReport) -> str:
@@ -104,7 +106,7 @@ def _summary(report: Findings) -> list[str]:
         lines += [
             f"minimum cut  {quantity(cut.bits, 'bit')} per sample, "
             f"{100 * cut.share:.1f}% of what floating point sends across it:",
-            *(f"             {name}" for name in cut.values[:6]),
+            *(f"             {shortened(n, WIDTH - 13)}" for n in cut.values[:6]),
             *(
                 [f"             ... {len(cut.values) - 6} more"]
                 if cut.values[6:]
@@ -130,5 +132,6 @@ def _skipped(report: Findings) -> list[str]:
     lines = ["skipped:"]
     for skip in report.coverage.skipped:
         where = f" ({skip.source})" if skip.source else ""
-        lines.append(f"  {skip.name}: {skip.reason}{where}")
+        line = f"{skip.name}: {skip.reason}{where}"
+        lines += wrap(line, WIDTH, initial_indent="  ", subsequent_indent="      ")
     return lines

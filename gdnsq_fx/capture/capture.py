@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Tracer
+from torch.fx import Graph, GraphModule, Tracer
 
 from gdnsq_fx.annotations import source_of
 from gdnsq_fx.capture.captured import CapturedModule
-from gdnsq_fx.capture.leaves import stays_whole
 from gdnsq_fx.capture.self_check import self_check
+from gdnsq_fx.capture.tracer import ModelTracer
 from gdnsq_fx.errors import CaptureError
-from gdnsq_fx.state import preserved_state
-
-
-class ModelTracer(Tracer):
-    """Symbolic tracer with our leaf rule; records the source line of every node."""
-
-    record_stack_traces = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """See `stays_whole`."""
-        return stays_whole(m, super().is_leaf_module(m, module_qualified_name))
+from gdnsq_fx.state import cloned, preserved_state
 
 
 def capture(
@@ -45,14 +34,25 @@ def capture(
         CaptureError: the model fails on the example, cannot be traced, or the graph
             does not compute what the model computes.
     """
-    model = copy.deepcopy(model)
+    model = _copied(model)
     _run_once(model, args, kwargs)
     if isinstance(model, GraphModule):
         return CapturedModule(model, model.graph)
     graph = _trace(model, args, kwargs)
-    captured = CapturedModule(model, graph)
+    captured = _built(model, graph)
     self_check(model, captured, args, kwargs)
     return captured
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied: {error}. A tensor that is "
+            "computed from others and kept on a module is the usual cause, as by the "
+            "old torch.nn.utils.weight_norm; use torch.nn.utils.parametrizations"
+        ) from error
 
 
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,6 +60,7 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     with preserved_state(model), torch.no_grad():
         model.eval()
         try:
+            args, kwargs = cloned((args, kwargs))
             model(*args, **kwargs)
         except Exception as error:
             raise CaptureError(
@@ -68,33 +69,25 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             ) from error
 
 
-def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.fx.Graph:
-    tracer = ModelTracer()
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+    tracer = ModelTracer(args, kwargs)
     with preserved_state(model):
         try:
-            return tracer.trace(model, concrete_args=_left_out(model, args, kwargs))
+            graph = tracer.trace(model)
         except Exception as error:
             raise CaptureError(_trace_failure(model, tracer, error)) from error
-
-
-def _left_out(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Defaults of the ``forward`` arguments that the example input does not give."""
-    signature = inspect.signature(model.forward)
-    given = signature.bind(*args, **kwargs).arguments
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {
-        name: parameter.default
-        for name, parameter in signature.parameters.items()
-        if name not in given and parameter.kind not in variadic
-    }
+        constants = {
+            name: value
+            for name, value in vars(model).items()
+            if name.startswith("_tensor_constant")
+        }
+    # Tensors made in forward: the tracer keeps them on the model, the graph needs them.
+    vars(model).update(constants)
+    return graph
 
 
 def _trace_failure(model: nn.Module, tracer: Tracer, error: Exception) -> str:
-    nodes = list(getattr(tracer, "graph", torch.fx.Graph()).nodes)
+    nodes = list(getattr(tracer, "graph", Graph()).nodes)
     where = source_of(nodes[-1]) if nodes else ""
     after = f" after {nodes[-1].name} ({where})" if where else ""
     return (
@@ -102,3 +95,14 @@ def _trace_failure(model: nn.Module, tracer: Tracer, error: Exception) -> str:
         "control flow depends on tensor values into a module of its own, or prepare "
         "the sub-module that holds the convolutions and linear layers"
     )
+
+
+def _built(model: nn.Module, graph: Graph) -> CapturedModule:
+    try:
+        return CapturedModule(model, graph)
+    except Exception as error:
+        raise CaptureError(
+            f"no graph module can hold {type(model).__name__}: {error}. A sub-module "
+            "named like an attribute of torch.fx.GraphModule (graph, code, meta) is "
+            "the usual cause; rename it"
+        ) from error

@@ -22,26 +22,36 @@ class CapturedModule(GraphModule):
 
     def __init__(self, root: nn.Module, graph: Graph, class_name: str = "") -> None:
         super().__init__(root, graph, class_name or type(root).__name__)
-        adopt_tree(self, root)
+        _adopt(self, root)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         twin: CapturedModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         # The memo already holds a copy of every child; this only fetches them.
-        children = copy.deepcopy(self._modules, memo)
-        parameters = copy.deepcopy(self._parameters, memo)
-        buffers = copy.deepcopy(self._buffers, memo)
-        twin._modules.update(children)
-        twin._parameters.update(parameters)
-        twin._buffers.update(buffers)
-        twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
-        twin.training = self.training
+        tree = nn.Module()
+        for kind in _REGISTRIES:
+            setattr(tree, kind, copy.deepcopy(getattr(self, kind), memo))
+        tree._non_persistent_buffers_set = self._non_persistent_buffers_set
+        tree.training = self.training
+        _adopt(twin, tree)
         return twin
 
 
-def adopt_tree(graph_module: GraphModule, root: nn.Module) -> None:
-    """Give a graph module all children, parameters and buffers of a model."""
-    graph_module._modules.update(root._modules)
-    graph_module._parameters.update(root._parameters)
-    graph_module._buffers.update(root._buffers)
-    graph_module._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
+
+
+def _adopt(graph_module: GraphModule, root: nn.Module) -> None:
+    """Give a graph module all that a model registers, in the model's order.
+
+    What only the graph has (constants that tracing met) follows as non-persistent
+    buffers, so that ``state_dict()`` has the model's keys and no other.
+    """
+    constants = set(graph_module._buffers) - set(root._buffers)
+    for kind in _REGISTRIES:
+        mine, theirs = getattr(graph_module, kind), getattr(root, kind)
+        rest = {name: value for name, value in mine.items() if name not in theirs}
+        mine.clear()
+        mine.update(theirs)
+        mine.update(rest)
+    hidden = set(root._non_persistent_buffers_set) | constants
+    graph_module._non_persistent_buffers_set = hidden
     graph_module.training = root.training

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
 from gdnsq_fx.errors import CaptureError
-from gdnsq_fx.state import preserved_state
+from gdnsq_fx.state import cloned, preserved_state
 
 RELATIVE_TOLERANCE = 1e-4
+
+
+class _Output(NamedTuple):
+    leaves: list[Any]
+    structure: TreeSpec
 
 
 def self_check(
@@ -53,21 +57,19 @@ def _outputs(
     training: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> list[Any] | Exception:
-    """Leaves of the output, or the error that the module raised."""
-    # A forward pass may write into its input; the example is the user's.
-    cloned: Any = tree_map(_cloned, (args, kwargs))
-    args, kwargs = cloned
+) -> _Output | Exception:
+    """The output, or the error that the module raised."""
+    args, kwargs = cloned((args, kwargs))
     with preserved_state(module, model), torch.no_grad():
         module.train(training)
         torch.manual_seed(0)
         try:
-            return tree_leaves(module(*args, **kwargs))
+            return _Output(*tree_flatten(module(*args, **kwargs)))
         except Exception as error:  # any error of the user's model is data here
             return error
 
 
-def _compare(wanted: Iterable[Any], got: list[Any] | Exception, mode: str) -> None:
+def _compare(wanted: _Output, got: _Output | Exception, mode: str) -> None:
     remedy = (
         "The model's control flow depends on data or on train()/eval() in a way that "
         "one graph cannot hold; move that part into a module without children, or "
@@ -75,8 +77,8 @@ def _compare(wanted: Iterable[Any], got: list[Any] | Exception, mode: str) -> No
     )
     if isinstance(got, Exception):
         raise CaptureError(f"the captured graph fails in {mode}: {got}. {remedy}")
-    pairs = list(zip(wanted, got, strict=False))
-    if len(pairs) != len(got) or not all(_close(a, b) for a, b in pairs):
+    same = wanted.structure == got.structure
+    if not same or not all(map(_close, wanted.leaves, got.leaves)):
         raise CaptureError(
             f"the captured graph differs from the model in {mode}. {remedy}"
         )
@@ -99,7 +101,3 @@ def _doubled(value: Any) -> Any:
     if isinstance(value, Tensor) and value.ndim:
         return torch.cat([value, value])
     return value
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from gdnsq_fx.annotations import model_facts
 from gdnsq_fx.deploy.files import read_file, write_file
 from gdnsq_fx.deploy.integer import dequantize, quantize
-from gdnsq_fx.errors import ConfigError, FileFormatError, PassError
+from gdnsq_fx.errors import FileFormatError, PassError
 from gdnsq_fx.sites import WeightSite, bit_width, sites
 from gdnsq_fx.spec import QuantConfig
 
@@ -42,17 +42,17 @@ class Contents:
     tensors: dict[str, Tensor]
 
 
-def write(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
+def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write the file; returns its size in bytes.
 
     Raises:
         PassError: not a converted model.
     """
-    codes = _weight_codes(imodel)
-    if not codes:
+    if not isinstance(imodel, GraphModule) or not _integer_nodes(imodel):
         raise PassError(
             "only a converted model can be saved; call gdnsq_fx.convert(qmodel) first"
         )
+    codes = _weight_codes(imodel)
     facts = model_facts(imodel)
     description = {
         "config": facts.config.to_dict(),
@@ -79,7 +79,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
             max_codes={str(k): int(v) for k, v in max_codes.items()},
             tensors=dict(found.tensors),
         )
-    except (KeyError, AttributeError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
         raise FileFormatError(
             f"{path} does not describe a converted model ({error}); write it again "
             "with gdnsq_fx.save"
@@ -93,16 +93,18 @@ def place_levels(prepared: GraphModule, contents: Contents) -> None:
     Raises:
         FileFormatError: the model has other edges than the file.
     """
+    for parameter in prepared.parameters():
+        parameter.fill_(1.0)  # whatever the given model holds, the file replaces it
     for site in sites(prepared):
         if isinstance(site, WeightSite):
             site.quantizer.open_to(site.weight(), site.quantizer.spec.bits)
             continue
         target = str(site.node.target)
         if target not in contents.max_codes:
-            raise _other_model(contents, f"it has no levels for {site.edge}")
+            raise other_model(contents, f"it has no levels for {site.edge}")
         levels = contents.max_codes[target] + 1
         if not 1 <= levels <= 1 << 16:
-            raise _other_model(contents, f"{levels} levels on {site.edge}")
+            raise other_model(contents, f"{levels} levels on {site.edge}")
         site.quantizer.lower.fill_(0.0)
         site.quantizer.log2_step.fill_(0.0)
         site.quantizer.log2_range.copy_(torch.log2(torch.tensor(float(levels))))
@@ -114,18 +116,30 @@ def fill(imodel: GraphModule, contents: Contents) -> GraphModule:
     Raises:
         FileFormatError: names or shapes differ.
     """
+    state: dict[str, Tensor] = imodel.state_dict()
+    for name, wanted in state.items():
+        given = contents.tensors.get(name, wanted)
+        integer = {torch.uint8, torch.int32}
+        allowed = integer if name.endswith(".codes") else {wanted.dtype}
+        if given.dtype not in allowed:
+            raise other_model(contents, f"{name} is {given.dtype}, not {wanted.dtype}")
     try:
         imodel.load_state_dict(contents.tensors, strict=True, assign=True)
     except RuntimeError as error:
-        raise _other_model(contents, str(error).splitlines()[-1].strip()) from error
+        raise other_model(contents, str(error).splitlines()[-1].strip()) from error
     return imodel.requires_grad_(False)
 
 
-def _other_model(contents: Contents, cause: str) -> FileFormatError:
+def other_model(contents: Contents, cause: str) -> FileFormatError:
+    """The error for a file that belongs to another model."""
     return FileFormatError(
         f"{contents.path} does not fit this model: {cause}. Load it into the class, "
         "with the example input, that it was prepared from"
     )
+
+
+def _integer_nodes(imodel: GraphModule) -> bool:
+    return bool(imodel.graph.find_nodes(op="call_function", target=dequantize))
 
 
 def _weight_codes(imodel: GraphModule) -> dict[str, int]:

@@ -195,10 +195,12 @@ def _unpacked(name: str, stored: Tensor, entry: Any) -> Tensor:
 def _diagnosis(source: Path) -> str:
     """Say what a file is that safetensors refused, as the start of a message."""
     with source.open("rb") as file:
-        start = file.read(4)
+        start = file.read(9)
     if not start:
         return f"it is empty; {REMEDY}: "
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":
+    # Eight bytes of length come before the JSON header; the first may be any byte.
+    ours = start[8:] == b"{"
+    if not ours and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
         return (
             "it looks like a torch.save file, which is never unpickled here; load it"
             " into the model with torch.load(..., weights_only=True) instead: "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdnsq_fx.quantize.frozen import code_dtype
-from gdnsq_fx.quantize.functions import from_codes, to_codes
+from gdnsq_fx.quantize.functions import from_codes, to_codes, wide
 
 
 def quantize(value: Tensor, step: Tensor, offset: Tensor, max_code: int) -> Tensor:
@@ -24,8 +24,7 @@ def quantize(value: Tensor, step: Tensor, offset: Tensor, max_code: int) -> Tens
     Returns:
         uint8 where ``max_code`` < 256, else int32.
     """
-    wide = value.to(torch.promote_types(value.dtype, step.dtype))
-    codes = to_codes(wide, step, offset).clamp_(0.0, max_code)
+    codes = to_codes(wide(value, step), step, offset).clamp_(0.0, max_code)
     return codes.to(code_dtype(max_code))
 
 
@@ -39,5 +38,5 @@ def dequantize(
         step, offset: broadcastable to ``codes``.
         dtype: of the result.
     """
-    wide = torch.promote_types(dtype, step.dtype)
-    return from_codes(codes.to(wide), step, offset).to(dtype)
+    kind = torch.promote_types(dtype, step.dtype)
+    return from_codes(codes.to(kind), step, offset).to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gdnsq_fx.quantize.functions import from_codes, to_codes
+from gdnsq_fx.quantize.functions import from_codes, to_codes, wide
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
 
 
@@ -30,8 +30,8 @@ class FrozenActivation(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """The same levels as the learned quantizer, by the same arithmetic."""
-        wide = value.to(torch.promote_types(value.dtype, self.step.dtype))
-        codes = to_codes(wide, self.step, self.offset).clamp_(0.0, self.max_code)
+        codes = to_codes(wide(value, self.step), self.step, self.offset)
+        codes = codes.clamp_(0.0, self.max_code)
         return from_codes(codes, self.step, self.offset).to(value.dtype)
 
     def extra_repr(self) -> str:
@@ -69,9 +69,8 @@ class FrozenWeight(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         """The quantized weight; the floating-point one is not needed any more."""
         del value
-        return from_codes(self.codes.to(self.step.dtype), self.step, self.offset).to(
-            self.dtype
-        )
+        kind = torch.promote_types(self.dtype, self.step.dtype)
+        return from_codes(self.codes.to(kind), self.step, self.offset).to(self.dtype)
 
     def extra_repr(self) -> str:
         """Edge, shape and number of levels."""

@@ -84,23 +84,34 @@ def quantize_weight(
     lower: Tensor,
     dims: Sequence[int],
     estimator: Estimator,
+    top: Tensor | None = None,
 ) -> Tensor:
-    """Fake-quantize a weight; no clamp, so no outlier is cut off.
+    """Fake-quantize a weight; its range is its own, so no outlier is cut off.
 
     Args:
         weight: any shape, floating point.
         step, lower: s > 0 and b, of the weight's shape with ``dims`` reduced to 1.
         dims: dimensions that share one step.
         estimator: how gradients pass the rounding.
+        top: largest code, shaped like ``step``. Meant for codes that a rounding error
+            lifts above the whole bits which the capacity stands for.
 
     Returns:
         A tensor of the weight's shape and dtype. dy/dw is 1 times the estimator's
         factor, dy/ds its noise term summed over ``dims``; ``lower`` gets no gradient.
     """
-    return _QuantizeWeight.apply(weight, step, lower, tuple(dims), estimator)  # type: ignore[no-any-return]
+    return _QuantizeWeight.apply(weight, step, lower, tuple(dims), estimator, top)  # type: ignore[no-any-return]
 
 
-def _wide(value: Tensor, step: Tensor) -> Tensor:
+def weight_codes(
+    weight: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
+) -> Tensor:
+    """Whole codes of a weight, as floats; arguments as in `quantize_weight`."""
+    codes = to_codes(wide(weight, step), step, lower).clamp_(min=0.0)
+    return codes if top is None else torch.minimum(codes, top)
+
+
+def wide(value: Tensor, step: Tensor) -> Tensor:
     """The value in the step's precision: codes are wrong in half precision."""
     return value.to(torch.promote_types(value.dtype, step.dtype))
 
@@ -117,7 +128,7 @@ class _QuantizeActivation(Function):
     ) -> Tensor:
         ctx.save_for_backward(x, step, range_, lower)
         ctx.estimator = estimator
-        codes = to_codes(_wide(x, step), step, lower)
+        codes = to_codes(wide(x, step), step, lower)
         codes = torch.minimum(codes.clamp_(min=0.0), max_code(step, range_))
         return from_codes(codes, step, lower).to(x.dtype)
 
@@ -125,12 +136,12 @@ class _QuantizeActivation(Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, step, range_, lower = ctx.saved_tensors
-        gradient = _wide(grad_outputs[0], step)
-        wide = _wide(x, step)
-        above = wide > lower + range_ - step
-        below = wide < lower
+        gradient = wide(grad_outputs[0], step)
+        x_wide = wide(x, step)
+        above = x_wide > lower + range_ - step
+        below = x_wide < lower
         inside = ~(above | below)
-        clamped = torch.minimum(wide.clamp(min=lower), lower + range_ - step)
+        clamped = torch.minimum(x_wide.clamp(min=lower), lower + range_ - step)
         position = clamped.sub_(lower).div_(step)
         error = position.round() - position
         passed = torch.where(inside, gradient, 0.0)
@@ -158,22 +169,23 @@ class _QuantizeWeight(Function):
         lower: Tensor,
         dims: tuple[int, ...],
         estimator: Estimator,
+        top: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(weight, step, lower)
         ctx.dims = dims
         ctx.estimator = estimator
-        codes = to_codes(_wide(weight, step), step, lower).clamp_(min=0.0)
+        codes = weight_codes(weight, step, lower, top)
         return from_codes(codes, step, lower).to(weight.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, step, lower = ctx.saved_tensors
-        gradient = _wide(grad_outputs[0], step)
-        position = (_wide(weight, step) - lower) / step
+        gradient = wide(grad_outputs[0], step)
+        position = (wide(weight, step) - lower) / step
         error = position.round() - position
         noise = step_derivative(error, ctx.estimator)
         grad_step = (gradient * noise).sum(ctx.dims, keepdim=True)
         factor = input_factor(gradient, error, ctx.estimator, ctx.dims)
         grad_weight = gradient if factor is None else gradient * factor
-        return grad_weight.to(weight.dtype), grad_step, None, None, None
+        return grad_weight.to(weight.dtype), grad_step, None, None, None, None

@@ -17,17 +17,20 @@ CANDIDATES = 64
 
 
 class Observer:
-    """Extremes and an even sample of the values of one edge.
+    """Extremes and a sample of the values of one edge.
 
-    Memory is bounded: the sample is thinned by two whenever it exceeds its size.
+    Memory is bounded: half of the sample is dropped whenever it exceeds its size. What
+    is kept is drawn at random (an even stride would see the same channels each time),
+    from a generator of its own.
     """
 
     def __init__(self, edge: str) -> None:
         self.edge = edge
         self.low = math.inf
         self.high = -math.inf
-        self._stride = 1
+        self._share = 1.0
         self._sample = torch.empty(0)
+        self._generator = torch.Generator().manual_seed(0)
 
     def hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of a quantizer."""
@@ -50,10 +53,19 @@ class Observer:
                 "inputs are finite; check the weights and the layers before it"
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self._sample = torch.cat([self._sample.to(flat.device), flat[:: self._stride]])
+        drawn = self._drawn(flat, self._share)
+        self._sample = torch.cat([self._sample.to(flat.device), drawn])
         while self._sample.numel() > SAMPLE_SIZE:
-            self._sample = self._sample[::2].clone()
-            self._stride *= 2
+            self._sample = self._drawn(self._sample, 0.5)
+            self._share /= 2.0
+
+    def _drawn(self, flat: Tensor, share: float) -> Tensor:
+        """About a share of the values, at random places; all of them at share 1."""
+        if share == 1.0:
+            return flat
+        count = math.ceil(flat.numel() * share)
+        places = torch.randint(flat.numel(), (count,), generator=self._generator)
+        return flat[places.to(flat.device)]
 
     def place(self, quantizer: ActivationQuantizer) -> None:
         """Set step, range and lower bound for the target bits, and note the extremes.

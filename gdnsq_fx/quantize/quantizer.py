@@ -18,13 +18,16 @@ from gdnsq_fx.quantize.functions import (
     quantize_weight,
     snap_offset,
     to_codes,
+    weight_codes,
+    wide,
 )
 from gdnsq_fx.spec import QuantSpec
 
-# A hair above the smallest step, so that a tie cannot round up to one level too many
-# when the offset lies half a step off (offset mode "integer").
-STEP_SLACK = 1.0 + 1e-4
 MIN_CAPACITY = 1.0
+# What float rounding may add to the capacity of a projected quantizer, in bits.
+CAPACITY_TOLERANCE = 1e-4
+# Steps below this are denormal numbers, and their reciprocals infinite.
+MIN_LOG2_STEP = -120.0
 
 
 class Quantizer(nn.Module, ABC):
@@ -120,8 +123,8 @@ class ActivationQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, value: Tensor) -> Tensor:
         """Whole codes from 0, as floats, of the value's shape."""
-        wide = value.to(torch.promote_types(value.dtype, self.log2_step.dtype))
-        codes = to_codes(wide, self.step, self.offset).clamp_(min=0.0)
+        codes = to_codes(wide(value, self.step), self.step, self.offset)
+        codes = codes.clamp_(min=0.0)
         return torch.minimum(codes, max_code(self.step, self.range))
 
     @torch.no_grad()
@@ -153,10 +156,10 @@ class ActivationQuantizer(Quantizer):
         span = high - low
         if not span > 0.0:  # a constant: any grid that holds it will do
             span = abs(high) or 1.0
-        step = span / (2.0**bits - 1.0)
+        step = max(math.log2(span) - math.log2(2.0**bits - 1.0), MIN_LOG2_STEP)
         self.lower.fill_(low)
-        self.log2_step.fill_(math.log2(step))
-        self.log2_range.fill_(math.log2(step) + bits)
+        self.log2_step.fill_(step)
+        self.log2_range.fill_(step + bits)
 
     def open_to(self, bits: float) -> None:
         """Start over with ``bits`` over everything that calibration has seen."""
@@ -191,57 +194,50 @@ class WeightQuantizer(Quantizer):
     def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Least and largest weight of each scale group, shaped like ``log2_step``."""
         view = self.layout.grouped(weight)
-        return view.amin(self.dims, keepdim=True), view.amax(self.dims, keepdim=True)
+        low = wide(view.amin(self.dims, keepdim=True), self.log2_step)
+        return low, wide(view.amax(self.dims, keepdim=True), self.log2_step)
 
     def offset(self, weight: Tensor) -> Tensor:
         """Lowest level b of each scale group; no gradient."""
-        low = self.layout.grouped(weight.detach()).amin(self.dims, keepdim=True)
-        low = low.to(torch.promote_types(low.dtype, self.log2_step.dtype))
-        return snap_offset(low, self.step.detach(), self.spec.offset)
+        return self._grid(weight)[1]
 
     def quantize(self, value: Tensor) -> Tensor:
         """See `quantize_weight`."""
+        step, lower, top = self._grid(value)
+        view = self.layout.grouped(value)
         quantized = quantize_weight(
-            self.layout.grouped(value),
-            self.step,
-            self.offset(value),
-            self.dims,
-            self.spec.estimator,
+            view, step, lower, self.dims, self.spec.estimator, top
         )
         return quantized.view_as(value)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
         """Whole codes from 0, as floats, of the weight's shape."""
-        view = self.layout.grouped(weight.to(self.log2_step.dtype))
-        codes = to_codes(view, self.step, self.offset(weight)).clamp_(min=0.0)
+        codes = weight_codes(self.layout.grouped(weight), *self._grid(weight))
         return codes.view_as(weight)
 
     def capacity(self, weight: Tensor) -> Tensor:
         """log2((max - min)/s + 1) of each scale group, bits per element."""
         low, high = self.extremes(weight)
-        return torch.log2((high - low) / self.step + 1.0)
+        # A product: the derivative of a quotient squares the step, which underflows.
+        return torch.log2((high - low) * torch.exp2(-self.log2_step) + 1.0)
 
     @torch.no_grad()
     def levels(self, weight: Tensor) -> Tensor:
         """Number of levels of each scale group that the weight spans, as floats."""
         self._require_calibration()
-        top = self.extremes(weight)[1].to(self.log2_step.dtype)
-        return to_codes(top, self.step, self.offset(weight)).clamp_(min=0.0) + 1.0
+        return weight_codes(self.extremes(weight)[1], *self._grid(weight)) + 1.0
 
     @torch.no_grad()
     def project(self, weight: Tensor, cap: float) -> None:
         """Raise steps until every capacity is at most ``cap`` (at least one bit)."""
         low, high = self.extremes(weight)
         span = (high - low).to(self.log2_step.dtype)
-        slack = STEP_SLACK if self.spec.offset == "integer" else 1.0
-        least = torch.log2(span * (slack / (2.0**cap - 1.0)))
-        most = torch.log2(span / (2.0**MIN_CAPACITY - 1.0) * slack)
+        least = torch.log2(span / (2.0**cap - 1.0)).clamp(min=MIN_LOG2_STEP)
+        most = torch.log2(span).clamp(min=MIN_LOG2_STEP)
         # A constant channel has no span: any step represents it, so keep its own.
-        varies = span > 0
-        self.log2_step.copy_(
-            torch.where(varies, self.log2_step.clamp(least, most), self.log2_step)
-        )
+        projected = self.log2_step.clamp(least, torch.maximum(least, most))
+        self.log2_step.copy_(torch.where(span > 0, projected, self.log2_step))
 
     @torch.no_grad()
     def open_to(self, weight: Tensor, bits: float) -> None:
@@ -250,8 +246,23 @@ class WeightQuantizer(Quantizer):
         span = (high - low).to(self.log2_step.dtype)
         span = torch.where(span > 0, span, low.abs().to(span.dtype))
         span = torch.where(span > 0, span, torch.ones_like(span))
-        self.log2_step.copy_(torch.log2(span / (2.0**bits - 1.0)))
-        self.project(weight, bits)
+        step = torch.log2(span / (2.0**bits - 1.0))
+        self.log2_step.copy_(step.clamp(min=MIN_LOG2_STEP))
+
+    def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step, lowest level and largest code of each scale group.
+
+        The offset may lie half a step below the least weight, and steps are floats: the
+        largest code is that of the whole bits which the capacity stands for, so that
+        neither can add a level to a tensor whose capacity meets its target.
+        """
+        step = self.step
+        with torch.no_grad():
+            low, high = self.extremes(weight)
+            capacity = torch.log2((high - low) / step + 1.0)
+            whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
+            lower = snap_offset(low, step.detach(), self.spec.offset)
+        return step, lower, torch.exp2(whole) - 1.0
 
 
 @contextmanager

@@ -113,15 +113,19 @@ class Constraint:
 
 
 def _excess(capacity: Tensor, target: float) -> Tensor:
-    return torch.relu(capacity.float() - target + EPSILON).mean()
+    """relu(cap - T + eps) of each scale group of one tensor."""
+    return torch.relu(capacity.float() - target + EPSILON)
 
 
 def _violated(excesses: list[Tensor]) -> Tensor:
-    """How many excesses exceed the margin alone."""
+    """How many tensors have a channel above its target."""
     if not excesses:
         return torch.tensor(0.0)
-    return (torch.stack(excesses).detach() > EPSILON).sum()
+    worst = torch.stack([excess.detach().amax() for excess in excesses])
+    return (worst > EPSILON).sum()
 
 
 def _mean(excesses: list[Tensor]) -> Tensor:
-    return torch.stack(excesses).mean() if excesses else torch.tensor(0.0)
+    if not excesses:
+        return torch.tensor(0.0)
+    return torch.stack([excess.mean() for excess in excesses]).mean()

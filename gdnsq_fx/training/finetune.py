@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from itertools import chain
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from gdnsq_fx.errors import (
     ConfigError,
     TrainingDivergedError,
 )
-from gdnsq_fx.inputs import Batch, InputStructure
-from gdnsq_fx.quantize.quantizer import Quantizer
-from gdnsq_fx.sites import hard_bits
+from gdnsq_fx.inputs import Batch, InputStructure, check_device
+from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
+from gdnsq_fx.sites import hard_bits, require_quantizers
 from gdnsq_fx.state import in_evaluation
 from gdnsq_fx.training.constraint import Constraint
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
@@ -77,13 +78,14 @@ def finetune(
         BudgetError: an edge stayed above its target.
     """
     schedule = schedule or Schedule(steps)
-    if schedule.steps != steps:
-        raise ConfigError(f"the schedule is for {schedule.steps} steps, not {steps}")
-    if task_loss is None and distillation == 0.0:
-        raise ConfigError("nothing to minimize: give task_loss, or distillation > 0")
+    _check_settings(schedule, steps, task_loss, distillation, lr, max_grad_norm)
     inputs = model_facts(qmodel).inputs
+    require_quantizers(qmodel, "finetune")
     started = time.monotonic()
     batches = _endless(train_batches, inputs, steps)
+    first = next(batches)
+    check_device(qmodel, first.args, first.kwargs)  # before anything is changed
+    batches = chain([first], batches)
     bar = tqdm(range(steps), desc="fine-tune", disable=not progress, unit="step")
     frozen = teacher_for(qmodel, teacher)
     with in_evaluation(frozen), bar:
@@ -92,10 +94,11 @@ def finetune(
         try:
             for step in bar:
                 loss = run.step(step, next(batches))
-                due = validate_every is not None and (step + 1) % validate_every == 0
+                due = bool(validate_every) and (step + 1) % (validate_every or 1) == 0
                 if due or run.records_at(step):
                     metric = _validated(qmodel, validate) if due else None
                     bar.set_postfix(**run.record(step, loss, metric))
+            run.check_finite(steps)
         finally:
             qmodel.eval()
     violations = run.constraint.violations()
@@ -130,12 +133,15 @@ class _Run:
         self.objective = objective
         self.schedule = schedule
         self.max_grad_norm = max_grad_norm
+        self.good_state = _copied_state(qmodel)
+        for module in qmodel.modules():
+            if isinstance(module, Quantizer):
+                module.enabled = True  # to train without them would be no fine-tuning
         self.constraint = Constraint(qmodel)
         self.constraint.open_to(schedule.start_bits)
         self.optimizer = torch.optim.Adam(_parameter_groups(qmodel, schedule, lr))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.history: list[StepRecord] = []
-        self.good_state: dict[str, Tensor] = {}
 
     def step(self, step: int, batch: Batch) -> Tensor:
         """Forward, backward, update, projection; returns the loss without penalty."""
@@ -161,6 +167,7 @@ class _Run:
 
     def record(self, step: int, loss: Tensor, metric: float | None) -> dict[str, Any]:
         """Add to the history; returns what the progress bar shows."""
+        self.check_finite(step + 1)
         mean_bits = self.constraint.mean_capacity()
         self.history.append(StepRecord(step, float(loss), mean_bits, metric))
         shown: dict[str, Any] = {
@@ -170,37 +177,74 @@ class _Run:
         }
         return shown if metric is None else {**shown, "metric": f"{metric:.4g}"}
 
+    def check_finite(self, step: int) -> None:
+        """Restore and raise where the update before this step broke a parameter."""
+        norm = nn.utils.get_total_norm([p.detach() for p in self.qmodel.parameters()])
+        if not bool(torch.isfinite(norm)):
+            self._restore(step, f"norm of the parameters {float(norm)}")
+
     def _keep_or_restore(self, step: int, loss: Tensor, norm: Tensor) -> None:
         """A finite step proves the parameters it started from; else go back."""
-        if bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            every = max(self.schedule.steps // self.SNAPSHOTS, 1)
-            if step % every == 0:
-                state = self.qmodel.state_dict()
-                self.good_state = {k: v.detach().clone() for k, v in state.items()}
-            return
-        kept = "nothing was changed before it"
-        if self.good_state:
-            self.qmodel.load_state_dict(self.good_state)
-            kept = "the model holds its last good state (its bits may be above target)"
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            self._restore(
+                step, f"loss {float(loss.detach())}, gradient norm {float(norm)}"
+            )
+        if step % max(self.schedule.steps // self.SNAPSHOTS, 1) == 0:
+            self.good_state = _copied_state(self.qmodel)
+
+    def _restore(self, step: int, found: str) -> NoReturn:
+        self.qmodel.load_state_dict(self.good_state)
         raise TrainingDivergedError(
-            f"loss or gradients became NaN or infinite at step {step} "
-            f"(loss {float(loss)}, gradient norm {float(norm)}); {kept}. Lower lr, "
-            "check the batch for NaN, or raise start bits and steps",
+            f"loss or gradients became NaN or infinite at step {step} ({found}); the "
+            "model holds its last good state, whose bits may be above target. "
+            "Lower lr, check the batch for NaN, or take more steps",
             step,
         )
+
+
+def _copied_state(qmodel: GraphModule) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in qmodel.state_dict().items()}
+
+
+def _check_settings(
+    schedule: Schedule,
+    steps: int,
+    task_loss: TaskLoss | None,
+    distillation: float,
+    lr: float,
+    max_grad_norm: float,
+) -> None:
+    if schedule.steps != steps:
+        raise ConfigError(f"the schedule is for {schedule.steps} steps, not {steps}")
+    if task_loss is None and distillation == 0.0:
+        raise ConfigError("nothing to minimize: give task_loss, or distillation > 0")
+    for name, value in (("lr", lr), ("max_grad_norm", max_grad_norm)):
+        if not value > 0.0:
+            raise ConfigError(f"{name} must be above 0, got {value}")
+    if not distillation >= 0.0:
+        raise ConfigError(f"distillation must be at least 0, got {distillation}")
 
 
 def _parameter_groups(
     qmodel: GraphModule, schedule: Schedule, lr: float
 ) -> list[dict[str, Any]]:
-    """Weights at ``lr``; each quantizer at the rate that its descent needs."""
+    """Weights at ``lr``; each quantizer at the rate that its descent needs.
+
+    ``lower`` is in units of its activation, not a logarithm: its rate is a share of the
+    range.
+    """
     groups: dict[float, list[nn.Parameter]] = {}
     ours: set[int] = set()
     for module in qmodel.modules():
-        if isinstance(module, Quantizer):
-            rate = schedule.quantizer_rate(module.spec.bits)
-            groups.setdefault(rate, []).extend(module.parameters())
-            ours |= {id(p) for p in module.parameters()}
+        if not isinstance(module, Quantizer):
+            continue
+        ours |= {id(p) for p in module.parameters()}
+        rate = schedule.quantizer_rate(module.spec.bits)
+        for name, parameter in module.named_parameters():
+            scale = 1.0
+            if name == "lower" and isinstance(module, ActivationQuantizer):
+                scale = float(module.range.detach())
+            groups.setdefault(rate * scale, []).append(parameter)
     weights = [p for p in qmodel.parameters() if p.requires_grad and id(p) not in ours]
     return [
         {"params": weights, "lr": lr},

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from gdnsq_fx.errors import BatchStructureError
+from gdnsq_fx.errors import BatchStructureError, ConfigError
 from gdnsq_fx.inputs import Batch, check_device
 from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.state import cloned
 from gdnsq_fx.training.losses import TaskLoss
 
 
@@ -31,11 +32,14 @@ class Objective:
 
     def __call__(self, qmodel: GraphModule, batch: Batch) -> Tensor:
         check_device(qmodel, batch.args, batch.kwargs)
-        output = qmodel(*batch.args, **batch.kwargs)
+        # Each model gets tensors of its own: it may write into its input.
+        args, kwargs = cloned((batch.args, batch.kwargs))
+        output = qmodel(*args, **kwargs)
         losses: list[Tensor] = []
         if self.weight:
+            args, kwargs = cloned((batch.args, batch.kwargs))
             with torch.no_grad():
-                wanted = self.teacher(*batch.args, **batch.kwargs)
+                wanted = self.teacher(*args, **kwargs)
             losses.append(self.weight * self.distillation_loss(output, wanted))
         if self.task_loss is not None:
             if batch.targets is None:
@@ -44,6 +48,10 @@ class Objective:
                     "(inputs, targets)"
                 )
             losses.append(self.task_loss(output, batch.targets))
+        if any(loss.ndim for loss in losses):
+            raise ConfigError(
+                "a loss must be a scalar; reduce it over the batch, as .mean() does"
+            )
         return torch.stack(losses).sum()
 
 

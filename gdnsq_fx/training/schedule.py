@@ -37,12 +37,12 @@ class Schedule:
     warm_up: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
-        if not 0.0 <= self.descent <= 1.0:
-            raise ConfigError(f"descent is a share, 0..1, got {self.descent}")
-        if not self.start_bits >= 1.0:
-            raise ConfigError(f"start_bits must be at least 1, got {self.start_bits}")
+        _check("steps", self.steps, "at least 1", self.steps >= 1)
+        _check("start_bits", self.start_bits, "1 to 16", 1 <= self.start_bits <= 16)
+        _check("descent", self.descent, "a share, 0 to 1", 0 <= self.descent <= 1)
+        steep = 0 < self.slow_down < math.inf
+        _check("slow_down", self.slow_down, "above 0", steep)
+        _check("warm_up", self.warm_up, "a share, 0 to 1", 0 <= self.warm_up <= 1)
 
     @property
     def descent_steps(self) -> int:
@@ -71,3 +71,8 @@ class Schedule:
         An adaptive optimizer moves a parameter by about its learning rate each step.
         """
         return max(self.start_bits - target, 1.0) / self.descent_steps
+
+
+def _check(name: str, value: float, domain: str, holds: bool) -> None:
+    if not holds:  # NaN compares false, so it is refused as well
+        raise ConfigError(f"{name} must be {domain}, got {value}")

@@ -1,0 +1,40 @@
+"""Which values of a graph can never be negative, as far as the op table proves it."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from gdnsq_fx.annotations import facts
+from gdnsq_fx.opinfo import OpInfo, writes_in_place
+
+
+def nonnegative_values(graph_module: GraphModule) -> set[Node]:
+    """Nodes whose value is proven to be at least 0, in one walk over the graph.
+
+    A value that is written into in place stays proven only where that keeps signs.
+    """
+    proven: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        op = facts(node).op
+        if op is not None and (op.sign == "nonnegative" or _inherits(node, op, proven)):
+            proven.add(node)
+        elif writes_in_place(node):
+            proven.difference_update(node.all_input_nodes[:1])
+    return proven
+
+
+def _inherits(node: Node, op: OpInfo, proven: set[Node]) -> bool:
+    if op.sign != "inherits":
+        return False
+    bound = op.bind(node)
+    return all(_holds(bound[name], proven) for name in op.roles if name in bound)
+
+
+def _holds(value: object, proven: set[Node]) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, int | float):
+        return value >= 0
+    if isinstance(value, list | tuple):
+        return all(_holds(item, proven) for item in value)
+    return isinstance(value, Node) and value in proven

@@ -1,0 +1,356 @@
+"""The report as text, HTML, dict and graph."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gdnsq_fx
+from gdnsq_fx.analysis.coverage import Skip
+from gdnsq_fx.analysis.report import CapacityReport, build_report
+from gdnsq_fx.analysis.text import quantity, shortened
+from gdnsq_fx.errors import PassError
+
+# The issue's list, and what else a reader gets.
+EDGE_KEYS = {
+    "name", "op", "shape", "bits", "target_bits", "capacity", "entropy", "utilisation",
+    "sqnr_db", "predicted_divergence", "measured_divergence", "bottleneck",
+}  # fmt: skip
+MORE_KEYS = {"clipped"}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.block = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.embed = nn.Conv2d(4, 2, 1)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.block(x))
+        return self.head(self.embed(x).flatten(1))
+
+
+def _filled(shape: torch.Size, phase: float) -> Tensor:
+    """The same numbers on every machine and in every version of torch."""
+    ramp = torch.arange(shape.numel(), dtype=torch.float64)
+    return torch.sin(ramp * 1.7 + phase).float().reshape(shape)
+
+
+def _model() -> Net:
+    model = Net().eval()
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.copy_(_filled(parameter.shape, float(number)) * 0.5)
+    return model
+
+
+BATCHES = [_filled(torch.Size([8, 1, 4, 4]), 0.3 + n) for n in range(2)]
+
+
+def _report(confirm: int = 0, **options: Any) -> CapacityReport:
+    config = gdnsq_fx.QuantConfig(
+        **{"weight_bits": 3, "act_bits": 3, "exclude": ("embed",), **options}
+    )
+    qmodel = gdnsq_fx.prepare(_model(), BATCHES[0], config, BATCHES)
+    return gdnsq_fx.analyze(qmodel, BATCHES, confirm=confirm)
+
+
+@pytest.fixture(scope="module")
+def report() -> CapacityReport:
+    return _report()
+
+
+@pytest.fixture(scope="module")
+def confirmed() -> CapacityReport:
+    return _report(confirm=2)
+
+
+# --- to_dict ---
+
+
+def test_dict_has_what_the_issue_lists(report: CapacityReport) -> None:
+    found = report.to_dict()
+    assert set(found) == {"edges", "minimum_cut", "totals", "coverage"}
+    for edge in found["edges"]:
+        assert set(edge) == EDGE_KEYS | MORE_KEYS
+    assert set(found["coverage"]) == {"macs", "weights", "skipped"}
+
+
+def test_dict_survives_json(confirmed: CapacityReport) -> None:
+    text = json.dumps(confirmed.to_dict(), allow_nan=False)
+    assert json.loads(text)["edges"] == confirmed.to_dict()["edges"]
+
+
+def test_measured_divergence_is_none_until_measured(
+    report: CapacityReport, confirmed: CapacityReport
+) -> None:
+    assert {e["measured_divergence"] for e in report.to_dict()["edges"]} == {None}
+    measured = [e.measured_divergence for e in confirmed.edges]
+    assert None not in measured[:2]
+    assert set(measured[2:]) == {None}
+
+
+@pytest.mark.parametrize("model", ["constant", "zero"])
+def test_degenerate_models_have_no_nan(model: str) -> None:
+    """Constant channels and dead inputs: capacity 0, SQNR bounded, shares defined."""
+    net = _model()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(0.0 if model == "zero" else 0.25)
+    batches = [torch.zeros(4, 1, 4, 4)]
+    qmodel = gdnsq_fx.prepare(net, batches[0], calibration=batches)
+    report = gdnsq_fx.analyze(qmodel, batches, confirm=9)
+    json.dumps(report.to_dict(), allow_nan=False)
+    assert "nan" not in str(report).lower()
+    assert not any(e.bottleneck for e in report.edges if not e.predicted_divergence)
+    report.to_html()
+
+
+# --- edges ---
+
+
+def test_edges_are_sorted_worst_first(report: CapacityReport) -> None:
+    found = [e.predicted_divergence for e in report.edges]
+    assert found == sorted(found, reverse=True)
+    assert {e.name for e in report.edges} == {
+        f"{layer}.{argument}"
+        for layer in ("stem", "block", "head")
+        for argument in ("input", "weight")
+    }
+
+
+def test_facts_of_the_edges(report: CapacityReport) -> None:
+    edges = {e.name: e for e in report.edges}
+    block = edges["block.input"]
+    assert (block.op, block.shape, block.bits, block.target_bits) == (
+        "conv2d", (1, 4, 4, 4), 3, 3,
+    )  # fmt: skip
+    assert block.capacity == 64 * 3
+    weight = edges["block.weight"]
+    assert (weight.op, weight.shape, weight.bits) == ("conv2d", (4, 2, 3, 3), 3)
+    assert weight.capacity <= 72 * 3
+    assert (edges["head.input"].op, edges["head.input"].shape) == ("linear", (1, 32))
+    # First and last layer keep at least 8 bits.
+    assert edges["stem.weight"].target_bits == 8
+    for edge in report.edges:
+        assert 0.0 <= edge.entropy <= edge.capacity + 1e-6
+        assert edge.utilisation == pytest.approx(edge.entropy / edge.capacity)
+        assert 0.0 <= edge.clipped <= 1.0
+
+
+def test_bottlenecks_are_the_fewest_that_make_up_half(report: CapacityReport) -> None:
+    marks = [e.bottleneck for e in report.edges]
+    count = sum(marks)
+    assert marks == [True] * count + [False] * (len(marks) - count)
+    worst = [e.predicted_divergence for e in report.edges]
+    assert sum(worst[:count]) >= sum(worst) / 2 > sum(worst[: count - 1])
+
+
+def test_bits_now_and_bits_to_meet() -> None:
+    qmodel = gdnsq_fx.prepare(_model(), BATCHES[0], calibration=BATCHES)
+    qmodel.quantizers["block_input"].open_to(6.0)
+    report = gdnsq_fx.analyze(qmodel, BATCHES)
+    edge = next(e for e in report.edges if e.name == "block.input")
+    assert (edge.bits, edge.target_bits) == (6, 4)
+    assert "6 > 4" in str(report)
+
+
+def test_report_needs_the_analysis() -> None:
+    qmodel = gdnsq_fx.prepare(_model(), BATCHES[0], calibration=BATCHES)
+    with pytest.raises(PassError, match="AnalyzeCapacity"):
+        build_report(qmodel)
+
+
+def test_report_is_of_the_moment_it_was_taken() -> None:
+    qmodel = gdnsq_fx.prepare(_model(), BATCHES[0], calibration=BATCHES)
+    report = gdnsq_fx.analyze(qmodel, BATCHES)
+    before = copy.deepcopy(report.to_dict())
+    with torch.no_grad():
+        for parameter in qmodel.parameters():
+            parameter.add_(0.1)
+    gdnsq_fx.analyze(qmodel, BATCHES)
+    assert report.to_dict() == before
+
+
+# --- text ---
+
+
+def _normalized(text: str) -> str:
+    """Line numbers of this file are no part of the report."""
+    return re.sub(r"\.py:\d+", ".py:N", text) + "\n"
+
+
+def test_text_is_the_golden_one(
+    confirmed: CapacityReport, golden: Callable[[str, str], None]
+) -> None:
+    golden("report.txt", _normalized(str(confirmed)))
+
+
+def test_text_names_cut_totals_coverage_and_skips(report: CapacityReport) -> None:
+    text = str(report)
+    for part in ("minimum cut", "size", "coverage", "skipped", "embed", "excluded"):
+        assert part in text
+    assert report.cut is not None and report.cut.values[0] in text
+
+
+def test_marks_stand_on_bottlenecks_only(report: CapacityReport) -> None:
+    lines = str(report).splitlines()
+    for edge in report.edges:
+        (line,) = [text for text in lines if text.startswith(f"{edge.name} ")]
+        assert line.endswith("<<") is edge.bottleneck
+
+
+def _widened(report: CapacityReport) -> CapacityReport:
+    """Names as long as those of real models, numbers as wide as they come."""
+    long = "encoder.layers.encoder_layer_11.self_attention.out_proj"
+    edges = tuple(
+        replace(
+            edge,
+            name=f"{long}{n}.weight",
+            op="conv_transpose3d",
+            shape=(1024, 1024, 3, 3, 3),
+            bits=16,
+            target_bits=12,
+            capacity=123.4e9,
+            entropy=123.4e9,
+            utilisation=1.0,
+            sqnr_db=-123.4,
+            predicted_divergence=1.23e-10,
+            measured_divergence=1.23e-10,
+        )
+        for n, edge in enumerate(report.edges)
+    )
+    reason = (
+        "has hooks, which a function call would drop; remove them before prepare, or "
+        "exclude the layer by name"
+    )
+    skipped = tuple(
+        Skip(f"{long}{n}", reason, "a_rather_long_file_name_of_a_model.py:1234")
+        for n in range(3)
+    )
+    assert report.cut is not None
+    return replace(
+        report,
+        edges=edges,
+        cut=replace(report.cut, values=tuple(f"{long}{n}.input" * 2 for n in range(9))),
+        coverage=replace(report.coverage, skipped=skipped),
+    )
+
+
+def test_text_fits_100_columns(
+    report: CapacityReport, confirmed: CapacityReport
+) -> None:
+    for one in (report, confirmed, _widened(confirmed)):
+        too_wide = [line for line in str(one).splitlines() if len(line) > 100]
+        assert not too_wide, "\n".join(too_wide)
+        assert all(line == line.rstrip() for line in str(one).splitlines())
+
+
+def test_long_reports_are_cut_short_and_say_so(report: CapacityReport) -> None:
+    text = report.to_text(limit=2)
+    assert "4 more edges" in text
+    assert report.edges[1].name in text and report.edges[2].name not in text
+    assert "more edges" not in report.to_text(limit=None)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (0, "0"),
+        (12, "12"),
+        (999, "999"),
+        (1234, "1.23 k"),
+        (999_499, "999 k"),
+        (999_999, "1 M"),
+        (999.9, "1 k"),
+        (1.5e6, "1.5 M"),
+        (2e12, "2 T"),
+    ],
+)
+def test_quantities_have_three_digits(value: float, wanted: str) -> None:
+    assert quantity(value) == wanted
+    assert quantity(value, "B").endswith("B")
+
+
+def test_names_are_shortened_in_the_middle() -> None:
+    assert shortened("layer1.conv", 20) == "layer1.conv"
+    name = shortened("encoder.layers.encoder_layer_11.mlp.linear_1.weight", 20)
+    assert len(name) <= 20
+    assert name.startswith("encod") and name.endswith(".weight") and ".." in name
+
+
+# --- HTML and graph ---
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_html_is_self_contained(confirmed: CapacityReport) -> None:
+    page = confirmed.to_html()
+    assert "http://" not in page and "https://" not in page
+    parsed = _Page()
+    parsed.feed(page)
+    assert not parsed.open
+    assert not {"script", "link", "img", "iframe"} & set(parsed.tags)
+    assert not {"src", "href"} & {name for name, _ in parsed.attributes}
+    for edge in confirmed.edges:
+        assert edge.name in page
+    assert page.count('class="bottleneck"') == sum(
+        e.bottleneck for e in confirmed.edges
+    )
+
+
+def test_html_rows_have_a_cell_for_each_header(confirmed: CapacityReport) -> None:
+    parsed = _Page()
+    parsed.feed(confirmed.to_html())
+    headers = parsed.tags.count("th")
+    assert parsed.tags.count("td") == headers * len(confirmed.edges)
+
+
+def test_html_escapes_names(report: CapacityReport) -> None:
+    edges = (replace(report.edges[0], name="<script>alert(1)</script>"),)
+    skipped = (Skip("<b>", "<i>", "<u>"),)
+    coverage = replace(report.coverage, skipped=skipped)
+    page = replace(report, edges=edges, coverage=coverage).to_html()
+    assert "<script" not in page and "<i>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_html_file(report: CapacityReport, tmp_path: Path) -> None:
+    page = report.to_html(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_graph_is_a_networkx_graph(report: CapacityReport) -> None:
+    assert isinstance(report.graph, nx.DiGraph)
+    labels = [d["label"] for _, d in report.graph.nodes(data=True)]
+    assert "block.input" in labels
+    json.dumps(nx.node_link_data(report.graph, edges="edges"), allow_nan=False)

@@ -1,0 +1,117 @@
+"""A graph that does not compute what the model computes is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gdnsq_fx.capture.capture import capture
+from gdnsq_fx.capture.captured import CapturedModule
+from gdnsq_fx.capture.self_check import self_check
+from gdnsq_fx.errors import CaptureError
+from gdnsq_fx.state import preserved_state
+
+_X = torch.randn(4, 4)
+
+
+class _Switch(nn.Module):
+    def __init__(self, evaluation: Callable[..., Any], training: Callable[..., Any]):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 4)
+        self.paths = (evaluation, training)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.paths[self.training](self, x)
+
+
+_PATHS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "another value": (lambda m, x: m.fc(x), lambda m, x: 2.0 * m.fc(x)),
+    "another shape": (lambda m, x: m.fc(x).mean(1), lambda m, x: m.fc(x)),
+    "one more output": (lambda m, x: m.fc(x), lambda m, x: (m.fc(x), m.head(x))),
+    "one output fewer": (lambda m, x: (m.fc(x), m.head(x)), lambda m, x: m.fc(x)),
+    "more in a dict": (
+        lambda m, x: {"out": m.fc(x)},
+        lambda m, x: {"out": m.fc(x), "aux": m.head(x)},
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", _PATHS)
+def test_train_and_eval_that_differ_are_caught(case: str, training: bool) -> None:
+    model = _Switch(*_PATHS[case]).train(training)
+    with pytest.raises(CaptureError) as caught:
+        capture(model, (_X,), {})
+    assert f"in {'evaluation' if training else 'training'}" in str(caught.value)
+    assert "train()/eval()" in str(caught.value)
+    assert model.training is training
+
+
+class _Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+
+class _Rows(_Linear):
+    """Knows one batch size only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).reshape(4, 4)
+
+
+class _AnyRows(_Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def test_a_batch_twice_as_large_is_compared() -> None:
+    graph = capture(_Rows(), (_X,), {}).graph  # eager refuses it as well: no error
+    model = _AnyRows()
+    with pytest.raises(CaptureError, match=r"graph fails in evaluation.*shape"):
+        self_check(model, CapturedModule(model, graph), (_X,), {})
+
+
+def test_outputs_that_are_not_finite_are_compared_too() -> None:
+    class Infinite(_Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) / torch.zeros(()) * 0.0
+
+    capture(Infinite(), (_X,), {})
+
+
+def test_outputs_that_are_no_tensors_are_compared() -> None:
+    class Mixed(_Linear):
+        def forward(self, x: Tensor) -> tuple[Any, ...]:
+            return self.fc(x), x.shape[0], None, "name", x.argmax(1), x > 0
+
+    found = capture(Mixed(), (_X,), {})(_X)
+    assert found[1:4] == (4, None, "name")
+
+
+def test_preserved_state_restores_buffers_modes_and_random_state() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), preserved_state(model):
+        model.train()
+        model(_X)
+        raise ZeroDivisionError
+    assert [m.training for m in model.modules()] == [True, True, False]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_random_state_of_every_device_stays() -> None:
+    model = nn.Linear(4, 4).cuda()  # no buffer says that it is on a GPU
+    state = torch.cuda.get_rng_state()
+    capture(model, (_X.cuda(),), {})
+    assert torch.equal(torch.cuda.get_rng_state(), state)
