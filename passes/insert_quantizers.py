@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import annotate, compute_nodes, described, facts, shape_facts
 from gdnsq_fx.errors import NothingToQuantizeError, PassError
-from gdnsq_fx.opinfo import PER_TENSOR, ChannelLayout, OpInfo
+from gdnsq_fx.opinfo import PER_TENSOR, ChannelLayout, OpInfo, writes_in_place
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 from gdnsq_fx.sites import stored_value
 from gdnsq_fx.spec import QuantConfig, QuantSpec
@@ -165,12 +165,12 @@ def _holds_parameter(producer: Node) -> bool:
 
 def _merge(owner: GraphModule, edges: list[_Edge]) -> list[_Edge]:
     """One edge for each producer; edges that end in a quantizer are done already."""
-    by_producer: dict[Node, list[_Edge]] = {}
+    by_value: dict[tuple[Node, int], list[_Edge]] = {}
     for edge in edges:
         if not _is_quantizer(owner, edge.producer):
-            by_producer.setdefault(edge.producer, []).append(edge)
+            by_value.setdefault((edge.producer, _writes_before(edge)), []).append(edge)
     merged: list[_Edge] = []
-    for producer, same in by_producer.items():
+    for (producer, _), same in by_value.items():
         layouts = {e.layout for e in same}
         merged.append(
             _Edge(
@@ -182,6 +182,13 @@ def _merge(owner: GraphModule, edges: list[_Edge]) -> list[_Edge]:
             )
         )
     return merged
+
+
+def _writes_before(edge: _Edge) -> int:
+    """In-place writes that the first reader sees: after each it is another value."""
+    reader = edge.readers[0][0]
+    users = edge.producer.users
+    return sum(writes_in_place(user) and user < reader for user in users)
 
 
 def _is_quantizer(owner: GraphModule, node: Node) -> bool:

@@ -57,16 +57,18 @@ class LowerToInteger(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Replace frozen quantizer nodes in place."""
-        dtype = _float_dtype(graph_module)
+        kinds = _float_dtypes(graph_module)
         found = [
             (node, graph_module.get_submodule(str(node.target)))
             for node in graph_module.graph.find_nodes(op="call_module")
         ]
-        lowered = [_lower(graph_module.graph, n, m, dtype) for n, m in found]
+        lowered = [_lower(graph_module.graph, n, m, kinds) for n, m in found]
         return any(lowered)
 
 
-def _lower(graph: Graph, node: Node, module: nn.Module, dtype: torch.dtype) -> bool:
+def _lower(
+    graph: Graph, node: Node, module: nn.Module, kinds: list[torch.dtype]
+) -> bool:
     if not isinstance(module, FrozenActivation | FrozenWeight):
         return False
     path = str(node.target)
@@ -77,7 +79,9 @@ def _lower(graph: Graph, node: Node, module: nn.Module, dtype: torch.dtype) -> b
             codes = graph.get_attr(f"{path}.codes")
             dtype = module.dtype
         else:
-            dtype = facts(node).dtype or dtype
+            # Shapes may have been noted before the model moved to another precision.
+            noted = facts(node).dtype
+            dtype = next((kind for kind in kinds if kind is noted), kinds[0])
             arguments = (node.args[0], step, offset, module.max_code)
             codes = graph.call_function(quantize, arguments)
         value = graph.create_node(
@@ -100,9 +104,8 @@ def _drop_unread_parameters(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def _float_dtype(graph_module: GraphModule) -> torch.dtype:
-    """The type in which the model computes between its integer edges."""
-    for parameter in graph_module.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return torch.float32
+def _float_dtypes(graph_module: GraphModule) -> list[torch.dtype]:
+    """The types in which the model computes between its integer edges."""
+    weights = [m.dtype for m in graph_module.modules() if isinstance(m, FrozenWeight)]
+    rest = [p.dtype for p in graph_module.parameters() if p.is_floating_point()]
+    return list(dict.fromkeys([*weights, *rest])) or [torch.float32]

@@ -26,19 +26,31 @@ def report_text(report: Findings, limit: int | None) -> str:
 def _table(edges: Sequence[EdgeReport]) -> str:
     """The table, names shortened until it fits."""
     measured = any(e.measured_divergence is not None for e in edges)
-    headers = [*_HEADERS, "divergence", *(["measured"] if measured else []), ""]
+    divergences = ["predicted", "measured"] if measured else ["divergence"]
+    headers = [*_HEADERS, *divergences, ""]
     rows = [_row(edge, measured) for edge in edges]
-    for name_width in range(40, 10, -1):
-        table = _drawn(headers, rows, name_width)
+    for name in range(40, 12, -1):
+        table = _drawn(headers, rows, (name, 16, 10))
         if max(len(line) for line in table) <= WIDTH:
             return "\n".join(table)
-    return "\n".join(_drawn(headers, rows, 10))
+    return "\n".join(_drawn(headers, rows, (8, 11, 8)))
 
 
-def _drawn(headers: list[str], rows: list[list[str]], name_width: int) -> list[str]:
-    """Lines of the table with edge names of at most ``name_width`` characters."""
+def _drawn(
+    headers: list[str], rows: list[list[str]], widths: tuple[int, int, int]
+) -> list[str]:
+    """Lines of the table with edge, shape and op of at most these widths."""
     align = ["left"] * _LEFT + ["right"] * (len(headers) - _LEFT - 1) + ["left"]
-    body = [[shortened(row[0], name_width), *row[1:]] for row in rows]
+    name, shape, op = widths
+    body = [
+        [
+            shortened(row[0], name),
+            shortened(row[1], op),
+            shortened(row[2], shape),
+            *row[_LEFT:],
+        ]
+        for row in rows
+    ]
     # The header is a row of its own: tabulate pads real headers by two.
     table = tabulate(
         [headers, SEPARATING_LINE, *body],
@@ -75,7 +87,7 @@ def bits_of(edge: EdgeReport) -> str:
 def _row(edge: EdgeReport, measured: bool) -> list[str]:
     return [
         edge.name,
-        shortened(edge.op, 10),
+        edge.op,
         "x".join(str(n) for n in edge.shape),
         bits_of(edge),
         quantity(edge.capacity),

@@ -199,7 +199,7 @@ def _diagnosis(source: Path) -> str:
     if not start:
         return f"it is empty; {REMEDY}: "
     # Eight bytes of length come before the JSON header; the first may be any byte.
-    ours = start[8:] == b"{"
+    ours = len(start) < 9 or start[8:] == b"{"
     if not ours and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
         return (
             "it looks like a torch.save file, which is never unpickled here; load it"

@@ -79,6 +79,8 @@ def finetune(
     """
     schedule = schedule or Schedule(steps)
     _check_settings(schedule, steps, task_loss, distillation, lr, max_grad_norm)
+    if validate_every is not None and validate_every < 1:
+        raise ConfigError(f"validate_every must be at least 1, got {validate_every}")
     inputs = model_facts(qmodel).inputs
     require_quantizers(qmodel, "finetune")
     started = time.monotonic()
@@ -94,7 +96,7 @@ def finetune(
         try:
             for step in bar:
                 loss = run.step(step, next(batches))
-                due = bool(validate_every) and (step + 1) % (validate_every or 1) == 0
+                due = validate_every is not None and (step + 1) % validate_every == 0
                 if due or run.records_at(step):
                     metric = _validated(qmodel, validate) if due else None
                     bar.set_postfix(**run.record(step, loss, metric))
@@ -194,10 +196,13 @@ class _Run:
 
     def _restore(self, step: int, found: str) -> NoReturn:
         self.qmodel.load_state_dict(self.good_state)
+        remedy = "Lower lr, check the batch for NaN, or take more steps"
+        if any(p.dtype is torch.float16 for p in self.qmodel.parameters()):
+            remedy += "; the weights are float16, where Adam underflows: use float32"
         raise TrainingDivergedError(
             f"loss or gradients became NaN or infinite at step {step} ({found}); the "
             "model holds its last good state, whose bits may be above target. "
-            "Lower lr, check the batch for NaN, or take more steps",
+            f"{remedy}",
             step,
         )
 
