@@ -200,6 +200,9 @@ _IN_PLACE = (
 
 def writes_in_place(node: Node) -> bool:
     """Whether a call node changes its first argument (``x.add_``, ``x += y``)."""
+    owner = node.graph.owning_module
+    if node.op == "call_module" and owner is not None:
+        return bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
     if node.kwargs.get("inplace") is True or node.target in _IN_PLACE:
         return True
     name = str(getattr(node.target, "__name__", node.target))

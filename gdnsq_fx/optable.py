@@ -166,6 +166,16 @@ _COMPUTE = (
     ),
 )
 
+# Known to take no multiply-accumulates, so that nobody counts its weights as such.
+_LOOKUP = (
+    OpInfo(
+        "embedding",
+        ("input", "weight"),
+        modules=(nn.Embedding, nn.EmbeddingBag),
+        functions=(F.embedding, F.embedding_bag),
+    ),
+)
+
 _NONNEGATIVE = (
     _unary(
         "relu",
@@ -281,4 +291,4 @@ _SIGN_KEEPING = (
     ),
 )
 
-DEFAULT_TABLE = OpTable((*_COMPUTE, *_NONNEGATIVE, *_SIGN_KEEPING))
+DEFAULT_TABLE = OpTable((*_COMPUTE, *_LOOKUP, *_NONNEGATIVE, *_SIGN_KEEPING))

@@ -51,7 +51,8 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
     buffers = {id(b): b for root in modules for b in root.buffers() if not is_lazy(b)}
     saved = [(b, b.detach().clone()) for b in buffers.values()]
     attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in every]
-    cuda = {b.device.index or 0 for b in buffers.values() if b.device.type == "cuda"}
+    tensors = [t for root in modules for t in (*root.parameters(), *root.buffers())]
+    cuda = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
         for module in modules:

@@ -19,8 +19,16 @@ def nonnegative_values(graph_module: GraphModule) -> set[Node]:
         if op is not None and (op.sign == "nonnegative" or _inherits(node, op, proven)):
             proven.add(node)
         elif writes_in_place(node):
-            proven.difference_update(node.all_input_nodes[:1])
+            proven.difference_update(_written(node))
     return proven
+
+
+def _written(node: Node) -> list[Node]:
+    """What an in-place node writes into: its first argument, and what that views."""
+    found = node.all_input_nodes[:1]
+    while found and (op := facts(found[-1]).op) is not None and op.name == "reshape":
+        found += found[-1].all_input_nodes[:1]
+    return found
 
 
 def _inherits(node: Node, op: OpInfo, proven: set[Node]) -> bool:

@@ -78,13 +78,15 @@ def _number_repeated_layers(graph_module: GraphModule) -> None:
 
 
 def _unknown(node: Node, op: OpInfo | None, owner: GraphModule) -> str | None:
-    """Why a node that holds weights is not quantized: the table does not know it."""
-    if op is not None or node.op != "call_module":
+    """Why a node that holds weights is not quantized, None where it may be."""
+    if node.op != "call_module" or (op is not None and op.is_compute):
         return facts(node).skip
     module = owner.get_submodule(str(node.target))
     ours = isinstance(module, Quantizer | FrozenActivation | FrozenWeight)
     if ours or not node.all_input_nodes or not _has_weights(module):
         return None
+    if op is not None:
+        return f"{op.name} is not quantized"
     return f"{type(module).__name__} is not in the op table"
 
 

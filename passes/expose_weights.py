@@ -72,16 +72,10 @@ class ExposeWeights(Pass):
                 arguments = (value, call.pad, call.pad_mode)
                 value = owner.graph.call_function(F.pad, arguments)
                 annotate(value, op=self.table.find(value, owner), layer=path)
-            opened = owner.graph.create_node(
-                "call_function",
-                call.function,
-                (value, weight, bias),
-                dict(call.settings),
-                node.name,
-            )
-        opened.meta = dict(node.meta)
-        node.replace_all_uses_with(opened)
-        owner.graph.erase_node(node)
+        # The node itself turns from a module call into a function call: its name, its
+        # place and its facts stay.
+        node.op, node.target = "call_function", call.function
+        node.args, node.kwargs = (value, weight, bias), dict(call.settings)
 
 
 class _Sources:

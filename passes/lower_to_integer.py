@@ -84,12 +84,8 @@ def _lower(
             dtype = next((kind for kind in kinds if kind is noted), kinds[0])
             arguments = (node.args[0], step, offset, module.max_code)
             codes = graph.call_function(quantize, arguments)
-        value = graph.create_node(
-            "call_function", dequantize, (codes, step, offset, dtype), {}, node.name
-        )
-    value.meta = dict(node.meta)
-    node.replace_all_uses_with(value)
-    graph.erase_node(node)
+    node.op, node.target = "call_function", dequantize
+    node.args = (codes, step, offset, dtype)
     return True
 
 

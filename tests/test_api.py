@@ -483,6 +483,25 @@ def test_coverage_is_a_share_also_of_parametrized_weights() -> None:
     assert coverage.macs == coverage.weights == 1.0
 
 
+class _Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_coverage_counts_what_the_op_table_does_not_know() -> None:
+    """Most of this model stays in floating point; its MACs must not be left out."""
+    x = torch.randn(4, 6, 8)
+    coverage = gdnsq_fx.analyze(_prepare(_Unknown(), x), [x]).coverage
+    assert [skip.name for skip in coverage.skipped] == ["attention"]
+    assert coverage.weights == pytest.approx(40 / (40 + 4 * 64))
+    assert coverage.macs < 0.05
+
+
 def test_fine_tuned_weights_load_back_into_the_original_class() -> None:
     qmodel = _prepare(_Net(), _X, weight_bits=2)
     gdnsq_fx.finetune(qmodel, [_X], steps=3, progress=False)

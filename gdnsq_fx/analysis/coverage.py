@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-from gdnsq_fx.annotations import compute_nodes, facts, source_of
+from gdnsq_fx.annotations import facts, source_of
 from gdnsq_fx.quantize.quantizer import Quantizer, WeightQuantizer
 from gdnsq_fx.sites import bit_width, weight_sites
 from gdnsq_fx.state import in_evaluation
@@ -64,7 +64,7 @@ class Totals:
 
 def coverage_of(graph_module: GraphModule) -> Coverage:
     """Shares of MACs and weights that are quantized, and the reasons for the rest."""
-    nodes = compute_nodes(graph_module)
+    nodes = list(graph_module.graph.nodes)
     macs = sum(facts(n).macs for n in nodes)
     done = sum(facts(n).macs for n in nodes if _is_quantized(graph_module, n))
     covered = sum(w.numel() for w, _ in _quantized_weights(graph_module))
@@ -86,7 +86,7 @@ def totals_of(graph_module: GraphModule) -> Totals:
     packed = sum(_packed_bytes(w, q) for w, q in quantized)
     floats = every - sum(w.numel() for w, _ in quantized)
     macs, bops = 0, 0
-    for node in compute_nodes(graph_module):
+    for node in graph_module.graph.nodes:
         macs += facts(node).macs
         bops += facts(node).macs * math.prod(_argument_bits(graph_module, node))
     return Totals(
@@ -135,9 +135,10 @@ def _quantizer_of(owner: GraphModule, value: object) -> Quantizer | None:
 
 
 def _operands(node: Node) -> list[object]:
-    """What an operation multiplies: its activations and weights."""
+    """What an operation multiplies: its activations and weights, where known."""
     op = facts(node).op
-    assert op is not None
+    if op is None:
+        return [None, None]
     bound = op.bind(node)
     return [bound.get(name) for name, role in op.roles.items() if role != "bias"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,10 @@ def _compare(wanted: _Output, got: _Output | Exception, mode: str) -> None:
 
 
 def _close(wanted: Any, got: Any) -> bool:
+    if is_dataclass(wanted):
+        names = [field.name for field in fields(wanted)]
+        same = type(wanted) is type(got)
+        return same and all(_close(getattr(wanted, n), getattr(got, n)) for n in names)
     if not isinstance(wanted, Tensor):
         return bool(wanted == got)
     if not isinstance(got, Tensor) or wanted.shape != got.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -92,6 +93,31 @@ def test_outputs_that_are_no_tensors_are_compared() -> None:
 
     found = capture(Mixed(), (_X,), {})(_X)
     assert found[1:4] == (4, None, "name")
+
+
+@dataclass
+class _Answer:
+    logits: Tensor
+    hidden: Tensor
+
+
+class _Dataclass(_Linear):
+    def forward(self, x: Tensor) -> _Answer:
+        y = self.fc(x)
+        return _Answer(logits=y, hidden=2.0 * y if self.training else y)
+
+
+class _PlainDataclass(_Linear):
+    def forward(self, x: Tensor) -> _Answer:
+        y = self.fc(x)
+        return _Answer(logits=y, hidden=2.0 * y)
+
+
+def test_dataclasses_are_compared_field_by_field() -> None:
+    captured = capture(_PlainDataclass(), (_X,), {})
+    assert isinstance(captured(_X), _Answer)
+    with pytest.raises(CaptureError, match="differs from the model"):
+        capture(_Dataclass(), (_X,), {})
 
 
 def test_preserved_state_restores_buffers_modes_and_random_state() -> None:

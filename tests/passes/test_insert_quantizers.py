@@ -323,14 +323,24 @@ def test_an_in_place_operation_between_producer_and_reader(inserted) -> None:
     torch.testing.assert_close(module(_ROWS), model(_ROWS), rtol=0.0, atol=1e-2)
 
 
-def test_an_in_place_operation_between_two_readers(inserted) -> None:
+@pytest.mark.parametrize("spelling", ["method", "function", "module"])
+def test_an_in_place_operation_between_two_readers(inserted, spelling: str) -> None:
     """The first reads the value before, the second after: two edges of one tensor."""
 
     class Between(_Twice):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU(inplace=True)
+
         def forward(self, x: Tensor) -> Tensor:
             y = self.fc(x)
             before = self.last(y)
-            y.relu_()
+            if spelling == "method":
+                y.relu_()
+            elif spelling == "function":
+                F.relu(y, inplace=True)
+            else:
+                self.act(y)
             return before + self.last(y)
 
     model = Between()
@@ -410,10 +420,13 @@ def test_what_cannot_be_negative_has_no_learnable_lower_bound(
     assert float(quantizer.lower) == 0.0 or learned
 
 
-def test_a_value_made_negative_in_place_is_signed(inserted) -> None:
+@pytest.mark.parametrize("through_a_view", [False, True])
+def test_a_value_made_negative_in_place_is_signed(
+    inserted, through_a_view: bool
+) -> None:
     def shifted(model: Any, x: Tensor) -> Tensor:
         y = x.relu()
-        y.sub_(3.0)
+        (y.view(-1) if through_a_view else y).sub_(3.0)
         return y
 
     module = inserted(_linear_after(shifted), _ROWS)
