@@ -1,6 +1,6 @@
 """The passes one by one, chained with torch's own PassManager and ShapeProp.
 
-    python examples/own_passes.py
+python examples/own_passes.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 REWRITE = "--rewrite-golden"
 
@@ -14,6 +15,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         REWRITE, action="store_true", help="write golden files instead of comparing"
     )
+
+
+def pytest_configure() -> None:
+    # Tiny tensors: a second thread only waits for the first, at length on a busy CPU.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -1,0 +1,138 @@
+"""The state of one fine-tuning run, and what one step does."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from gdnsq_fx.errors import TrainingDivergedError
+from gdnsq_fx.inputs import Batch
+from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
+from gdnsq_fx.training.constraint import Constraint
+from gdnsq_fx.training.objective import Objective
+from gdnsq_fx.training.result import StepRecord
+from gdnsq_fx.training.schedule import Schedule
+
+
+class Run:
+    """One fine-tuning run: optimizer, constraint, history, and the last good state."""
+
+    RECORDS = 100
+    SNAPSHOTS = 20
+
+    def __init__(
+        self,
+        qmodel: GraphModule,
+        objective: Objective,
+        schedule: Schedule,
+        lr: float,
+        max_grad_norm: float,
+    ) -> None:
+        self.qmodel = qmodel
+        self.objective = objective
+        self.schedule = schedule
+        self.max_grad_norm = max_grad_norm
+        self.good_state = _copied_state(qmodel)
+        for module in qmodel.modules():
+            if isinstance(module, Quantizer):
+                module.enabled = True  # to train without them would be no fine-tuning
+        self.constraint = Constraint(qmodel)
+        self.constraint.open_to(schedule.start_bits)
+        self.optimizer = torch.optim.Adam(_parameter_groups(qmodel, schedule, lr))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.history: list[StepRecord] = []
+
+    def step(self, step: int, batch: Batch) -> Tensor:
+        """Forward, backward, update, projection; returns the loss without penalty."""
+        self.qmodel.train()
+        factor = self.schedule.learning_rate_factor(step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        loss = self.objective(self.qmodel, batch)
+        self.constraint.observe_loss(loss)
+        penalty = self.constraint.penalty(self.schedule.progress(step))
+        self.optimizer.zero_grad()
+        (loss + penalty).backward()
+        norm = nn.utils.clip_grad_norm_(self.qmodel.parameters(), self.max_grad_norm)
+        self._keep_or_restore(step, loss, norm)
+        self.optimizer.step()
+        self.constraint.project(lambda target: self.schedule.cap(step, target))
+        return loss.detach()
+
+    def records_at(self, step: int) -> bool:
+        """Whether this step goes into the history."""
+        every = max(self.schedule.steps // self.RECORDS, 1)
+        return step % every == 0 or step + 1 == self.schedule.steps
+
+    def record(self, step: int, loss: Tensor, metric: float | None) -> dict[str, Any]:
+        """Add to the history; returns what the progress bar shows."""
+        self.check_finite(step + 1)
+        mean_bits = self.constraint.mean_capacity()
+        self.history.append(StepRecord(step, float(loss), mean_bits, metric))
+        shown: dict[str, Any] = {
+            "loss": f"{float(loss):.4f}",
+            "bits": f"{mean_bits:.2f}",
+            "above": len(self.constraint.violations()),
+        }
+        return shown if metric is None else {**shown, "metric": f"{metric:.4g}"}
+
+    def check_finite(self, step: int) -> None:
+        """Restore and raise where the update before this step broke a parameter."""
+        norm = nn.utils.get_total_norm([p.detach() for p in self.qmodel.parameters()])
+        if not bool(torch.isfinite(norm)):
+            self._restore(step, f"norm of the parameters {float(norm)}")
+
+    def _keep_or_restore(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """A finite step proves the parameters it started from; else go back."""
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            self._restore(
+                step, f"loss {float(loss.detach())}, gradient norm {float(norm)}"
+            )
+        if step % max(self.schedule.steps // self.SNAPSHOTS, 1) == 0:
+            self.good_state = _copied_state(self.qmodel)
+
+    def _restore(self, step: int, found: str) -> NoReturn:
+        self.qmodel.load_state_dict(self.good_state)
+        remedy = "Lower lr, check the batch for NaN, or take more steps"
+        if any(p.dtype is torch.float16 for p in self.qmodel.parameters()):
+            remedy += "; the weights are float16, where Adam underflows: use float32"
+        raise TrainingDivergedError(
+            f"loss or gradients became NaN or infinite at step {step} ({found}); the "
+            "model holds its last good state, whose bits may be above target. "
+            f"{remedy}",
+            step,
+        )
+
+
+def _copied_state(qmodel: GraphModule) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in qmodel.state_dict().items()}
+
+
+def _parameter_groups(
+    qmodel: GraphModule, schedule: Schedule, lr: float
+) -> list[dict[str, Any]]:
+    """Weights at ``lr``; each quantizer at the rate that its descent needs.
+
+    ``lower`` is in units of its activation, not a logarithm: its rate is a share of the
+    range.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    ours: set[int] = set()
+    for module in qmodel.modules():
+        if not isinstance(module, Quantizer):
+            continue
+        ours |= {id(p) for p in module.parameters()}
+        rate = schedule.quantizer_rate(module.spec.bits)
+        for name, parameter in module.named_parameters():
+            scale = 1.0
+            if name == "lower" and isinstance(module, ActivationQuantizer):
+                scale = float(module.range.detach())
+            groups.setdefault(rate * scale, []).append(parameter)
+    weights = [p for p in qmodel.parameters() if p.requires_grad and id(p) not in ours]
+    return [
+        {"params": weights, "lr": lr},
+        *({"params": params, "lr": rate} for rate, params in groups.items()),
+    ]
