@@ -1,6 +1,8 @@
 """The passes one by one, chained with torch's own PassManager and ShapeProp.
 
-python examples/own_passes.py
+    python examples/own_passes.py
+
+The graph is printed with its quantizer nodes.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@
 The method is GDNSQ (arXiv 2508.14004).
 """
 
+from gdnsq_fx.analysis.coverage import Coverage, Skip, Totals
+from gdnsq_fx.analysis.cuts import MinimumCut
 from gdnsq_fx.analysis.edge_report import EdgeReport
 from gdnsq_fx.analysis.report import CapacityReport
 from gdnsq_fx.api import analyze, convert, load, prepare, save
@@ -27,10 +29,12 @@ from gdnsq_fx.errors import (
     PatternError,
     TrainingDivergedError,
 )
+from gdnsq_fx.inputs import InputStructure
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
 from gdnsq_fx.training.finetune import FinetuneResult, finetune
 from gdnsq_fx.training.losses import distillation_loss, squared_distillation_loss
+from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -42,11 +46,14 @@ __all__ = [
     "CapacityReport",
     "CaptureError",
     "ConfigError",
+    "Coverage",
     "DeviceMismatchError",
     "EdgeReport",
     "FileFormatError",
     "FinetuneResult",
     "GdnsqError",
+    "InputStructure",
+    "MinimumCut",
     "MissingExtraError",
     "NothingToQuantizeError",
     "Override",
@@ -55,6 +62,9 @@ __all__ = [
     "QuantConfig",
     "QuantSpec",
     "Schedule",
+    "Skip",
+    "StepRecord",
+    "Totals",
     "TrainingDivergedError",
     "analyze",
     "convert",

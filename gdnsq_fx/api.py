@@ -16,7 +16,7 @@ from gdnsq_fx.analysis.report import CapacityReport, build_report
 from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
 from gdnsq_fx.capture.capture import capture
 from gdnsq_fx.deploy import checkpoint
-from gdnsq_fx.errors import NothingToQuantizeError, PassError, PatternError
+from gdnsq_fx.errors import ConfigError, NothingToQuantizeError, PassError, PatternError
 from gdnsq_fx.inputs import ExampleInput, InputStructure, check_device
 from gdnsq_fx.passes import (
     AnalyzeCapacity,
@@ -31,7 +31,6 @@ from gdnsq_fx.passes import (
     PropagateShapes,
     run_passes,
 )
-from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.sites import require_quantizers
 from gdnsq_fx.spec import QuantConfig
 
@@ -49,7 +48,7 @@ def prepare(
     Args:
         model: any module; it is left untouched.
         example_input: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        config: bits, estimators, what to include; W4A4 by default.
+        config: bits, estimators, what to include; W2A2 by default.
         calibration: batches that place the levels, alone or followed by targets;
             without them the example input does, with a warning.
         fold_batch_norm: fold BatchNorm into the layers before it (evaluation only).
@@ -64,7 +63,11 @@ def prepare(
         PassError: the model is prepared already, or BatchNorm is to be folded while
             the model is in training.
     """
-    config = config or QuantConfig()
+    config = _checked_config(config)
+    if isinstance(model, GraphModule) and KEY in model.meta:
+        raise PassError(
+            "the model was prepared or converted before; prepare the original model"
+        )
     inputs = InputStructure.of(example_input)
     if calibration is None:
         calibration = [example_input]
@@ -72,11 +75,6 @@ def prepare(
             "no calibration batches: levels are placed from the example input alone; "
             "pass calibration=batches of real data",
             stacklevel=2,
-        )
-    if any(isinstance(module, Quantizer) for module in model.modules()):
-        raise PassError(
-            "the model has quantizers already, and preparing it again would place "
-            "their levels anew; prepare the original model"
         )
     facts = ModelFacts(config, inputs, fold_batch_norm)
     captured = _captured(model, example_input, facts)
@@ -170,6 +168,17 @@ def load(
         raise checkpoint.other_model(contents, str(error)) from error
     checkpoint.place_levels(skeleton, contents)
     return checkpoint.fill(convert(skeleton), contents)
+
+
+def _checked_config(config: object) -> QuantConfig:
+    if config is None:
+        return QuantConfig()
+    if not isinstance(config, QuantConfig):
+        raise ConfigError(
+            f"config must be a QuantConfig, got {config!r}; write "
+            "gdnsq_fx.QuantConfig(weight_bits=2, act_bits=2)"
+        )
+    return config
 
 
 def _captured(

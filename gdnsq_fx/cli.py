@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         _demo(given)
-    except GdnsqError as error:
+    except (GdnsqError, OSError) as error:
         print(f"gdnsq-fx: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

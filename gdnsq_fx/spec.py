@@ -88,8 +88,8 @@ class QuantConfig:
         ConfigError: a value is outside its domain.
     """
 
-    weight_bits: int = 4
-    act_bits: int = 4
+    weight_bits: int = 2
+    act_bits: int = 2
     per_channel: bool = True
     estimator: Estimator = "lsq"
     offset: Offset = "half_step"

@@ -19,16 +19,22 @@ def nonnegative_values(graph_module: GraphModule) -> set[Node]:
         if op is not None and (op.sign == "nonnegative" or _inherits(node, op, proven)):
             proven.add(node)
         elif writes_in_place(node):
-            proven.difference_update(_written(node))
+            root = storage_root(node)
+            proven = {n for n in proven if storage_root(n) is not root}
     return proven
 
 
-def _written(node: Node) -> list[Node]:
-    """What an in-place node writes into: its first argument, and what that views."""
-    found = node.all_input_nodes[:1]
-    while found and (op := facts(found[-1]).op) is not None and op.name == "reshape":
-        found += found[-1].all_input_nodes[:1]
-    return found
+def storage_root(node: Node) -> Node:
+    """The value whose memory a value may share: back through views and in-place calls.
+
+    Conservative: what the table does not know may return a view of its first argument.
+    """
+    while node.op in ("call_function", "call_method") and node.all_input_nodes:
+        op = facts(node).op
+        if op is not None and op.sign != "inherits" and not writes_in_place(node):
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _inherits(node: Node, op: OpInfo, proven: set[Node]) -> bool:

@@ -1,6 +1,8 @@
 """AnnotateOperations: each call node gets its row of the op table and a layer name.
 
-%conv1 = call_module[conv1](x)    ->    meta: op=conv2d, layer="conv1"
+    %conv1 = call_module[conv1](x)    ->    meta: op=conv2d, layer="conv1"
+
+What holds weights and has no row gets the reason why it is skipped.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
     %conv1 = conv2d(%conv1_input_q, %conv1_weight_q, ...)
 
 A tensor read by several quantized layers gets one quantizer, and so does a weight used
-twice. Where their settings differ, the larger bit-width is taken for an activation
-(no layer loses what it was promised).
+twice. Where their settings differ, those with the larger bit-width hold (no layer loses
+what it was promised).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gdnsq_fx.sites import stored_value
 from gdnsq_fx.spec import QuantConfig, QuantSpec
 
 from ._base import Pass
-from ._signs import nonnegative_values
+from ._signs import nonnegative_values, storage_root
 
 CONTAINER = "quantizers"
 EXCLUDED = "excluded by the configuration"
@@ -187,8 +187,12 @@ def _merge(owner: GraphModule, edges: list[_Edge]) -> list[_Edge]:
 def _writes_before(edge: _Edge) -> int:
     """In-place writes that the first reader sees: after each it is another value."""
     reader = edge.readers[0][0]
-    users = edge.producer.users
-    return sum(writes_in_place(user) and user < reader for user in users)
+    root = storage_root(edge.producer)
+    return sum(
+        write < reader and storage_root(write.all_input_nodes[0]) is root
+        for write in edge.producer.graph.nodes
+        if write.all_input_nodes and writes_in_place(write)
+    )
 
 
 def _is_quantizer(owner: GraphModule, node: Node) -> bool:

@@ -40,7 +40,7 @@ class LowerToInteger(Pass):
         """No quantizer is still learning."""
         if any(isinstance(m, Quantizer) for m in graph_module.modules()):
             raise PassError(
-                f"{self.name} needs frozen ones; run FreezeQuantizers first"
+                f"{self.name} needs frozen quantizers; run FreezeQuantizers first"
             )
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -52,6 +52,7 @@ class LowerToInteger(Pass):
         # torch's own class copies just what the graph refers to.
         lowered = GraphModule(graph_module, graph_module.graph, "IntegerModel")
         lowered.meta = dict(graph_module.meta)
+        lowered._tracer_cls = None  # pyright: ignore[reportPrivateUsage]
         lowered.train(graph_module.training)
         return PassResult(lowered, True)
 
@@ -90,9 +91,9 @@ def _lower(
 
 
 def _drop_unread_parameters(graph: Graph) -> None:
-    """Not `eliminate_dead_code`, which would drop in-place calls nobody reads.
+    """Erase stored tensors, and calls of parametrizations, that nothing reads.
 
-    Parametrizations are calls without arguments.
+    `Graph.eliminate_dead_code` would also drop in-place calls that nobody reads.
     """
     stored = [*graph.find_nodes(op="get_attr"), *graph.find_nodes(op="call_module")]
     for node in stored:

@@ -378,7 +378,7 @@ def test_prepare_without_calibration_warns_and_uses_the_example() -> None:
         two = gdnsq_fx.prepare(model, _X, calibration=[(_X, torch.zeros(16))])
     second = two.state_dict()
     assert all(torch.equal(v, second[k]) for k, v in one.state_dict().items())
-    assert {s.quantizer.spec.bits for s in sites(one)} == {4, 8}
+    assert {s.quantizer.spec.bits for s in sites(one)} == {2, 8}
 
 
 def test_prepare_keeps_mode_gradients_and_random_state() -> None:

@@ -383,7 +383,7 @@ def test_saving_a_model_that_was_not_converted(tmp_path: Path) -> None:
 
 def test_preparing_a_prepared_model(untouched: Any) -> None:
     """Its quantizers would be kept, and the new configuration ignored."""
-    with pytest.raises(PassError, match="has quantizers already"):
+    with pytest.raises(PassError, match="was prepared or converted before"):
         gdnsq_fx.prepare(untouched(_prepared()), _X, QuantConfig(2, 2), [_X])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_SQNR_DB = 200.0
+FLOAT_BITS = 32
 MAX_BINS = 1 << 24
 
 
@@ -35,7 +36,7 @@ def entropy_bits(counts: Tensor) -> float:
     counts = counts.double()
     totals = counts.sum(-1, keepdim=True).clamp(min=1.0)
     shares = counts / totals
-    return float(-(counts * shares.clamp(min=1e-300).log2()).sum())
+    return max(float(-(counts * shares.clamp(min=1e-300).log2()).sum()), 0.0)
 
 
 def grouped_entropy_bits(codes: Tensor, groups: int) -> float:
@@ -54,7 +55,7 @@ def grouped_entropy_bits(codes: Tensor, groups: int) -> float:
         counts = counts[counts > 0]
     else:  # many codes, most of them absent: sorting takes less memory
         counts = torch.unique(shifted, return_counts=True)[1].double()
-    return float(-(counts * (counts / rows.shape[1]).log2()).sum())
+    return max(float(-(counts * (counts / rows.shape[1]).log2()).sum()), 0.0)
 
 
 def sqnr_db(signal: float, noise: float) -> float:

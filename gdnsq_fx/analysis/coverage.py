@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
+from gdnsq_fx.analysis.capacity import FLOAT_BITS
 from gdnsq_fx.annotations import facts, source_of
 from gdnsq_fx.quantize.quantizer import Quantizer, WeightQuantizer
 from gdnsq_fx.sites import bit_width, weight_sites
 from gdnsq_fx.state import in_evaluation
-
-FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def totals_of(graph_module: GraphModule) -> Totals:
     macs, bops = 0, 0
     for node in graph_module.graph.nodes:
         macs += facts(node).macs
-        bops += facts(node).macs * math.prod(_argument_bits(graph_module, node))
+        bops += facts(node).macs * math.prod(_argument_bits(node))
     return Totals(
         size_bytes=packed + 4 * floats,
         float_size_bytes=4 * every,
@@ -111,8 +110,15 @@ def _stored(graph_module: GraphModule) -> list[Tensor]:
                 made.append(module())
         if isinstance(module, ParametrizationList | Quantizer):
             left_out |= {id(p) for p in module.parameters()}
-    plain = [p for p in graph_module.parameters() if id(p) not in left_out]
-    return [*plain, *made]
+    plain: dict[int, Tensor] = {
+        id(p): p for p in graph_module.parameters() if id(p) not in left_out
+    }
+    for site in weight_sites(graph_module):  # a buffer or a constant may be one, too
+        source = site.node.args[0]
+        if isinstance(source, Node) and source.op == "get_attr":
+            weight = site.weight()
+            plain.setdefault(id(weight), weight)
+    return [*plain.values(), *made]
 
 
 def _quantized_weights(
@@ -147,7 +153,7 @@ def _is_quantized(owner: GraphModule, node: Node) -> bool:
     return all(_quantizer_of(owner, value) is not None for value in _operands(node))
 
 
-def _argument_bits(owner: GraphModule, node: Node) -> list[int]:
+def _argument_bits(node: Node) -> list[int]:
     """Bit-widths of the two operands; floating point counts as 32."""
     bits: list[int] = []
     for value in _operands(node):

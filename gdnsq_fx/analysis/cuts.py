@@ -14,9 +14,9 @@ from typing import Any
 import networkx as nx
 from torch.fx import GraphModule, Node
 
+from gdnsq_fx.analysis.capacity import FLOAT_BITS
 from gdnsq_fx.annotations import facts
 
-FLOAT_BITS = 32
 _SOURCE, _SINK = "source", "sink"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from gdnsq_fx.errors import GdnsqError
+from gdnsq_fx.errors import ConfigError
 
 Curvature = Literal["softmax", "identity"]
 LEAST_LOG_P = -1e4
@@ -28,7 +28,7 @@ def primary_output(output: Any) -> Tensor:
         output: a tensor, tuple, dict or dataclass-like output.
 
     Raises:
-        GdnsqError: there is no floating-point tensor in it.
+        ConfigError: there is no floating-point tensor in it.
     """
     named = output.get("logits") if isinstance(output, dict) else None
     if named is None:
@@ -36,7 +36,7 @@ def primary_output(output: Any) -> Tensor:
     for leaf in [named, *tree_leaves(output)]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf
-    raise GdnsqError(
+    raise ConfigError(
         f"the model's output ({type(output).__name__}) holds no floating-point tensor "
         "to compare; pass a loss of your own"
     )
@@ -46,11 +46,11 @@ def class_dim(logits: Tensor) -> int:
     """Dimension of the classes: 1 for dense maps ``[B, C, H, W]``, else the last.
 
     Raises:
-        GdnsqError: there are fewer than two classes, so every divergence would be 0.
+        ConfigError: there are fewer than two classes, so every divergence would be 0.
     """
     dim = 1 if logits.ndim >= 4 else logits.ndim - 1
     if logits.ndim < 2 or logits.shape[dim] < 2:
-        raise GdnsqError(
+        raise ConfigError(
             f"an output of shape {tuple(logits.shape)} has no classes to compare; for "
             'regression pass curvature="identity" to analyze and '
             "distillation_loss=gdnsq_fx.squared_distillation_loss to finetune"
@@ -105,5 +105,8 @@ def sample_products(gradient: Tensor, error: Tensor, batch: int) -> Tensor:
         independent, so the square of the sum has the same mean, with more variance.
     """
     product = gradient.float() * error.float()
-    leads = product.ndim > 0 and product.shape[0] % batch == 0
+    # [T, B, C] with T a multiple of B leads with time, not with samples.
+    second = product.shape[1] if product.ndim > 1 else 0
+    rows = product.shape[0] if product.ndim else 0
+    leads = rows == batch or (rows > 0 and rows % batch == 0 and second != batch)
     return product.reshape(batch if leads else 1, -1).sum(1)

@@ -22,6 +22,8 @@ class CapturedModule(GraphModule):
 
     def __init__(self, root: nn.Module, graph: Graph, class_name: str = "") -> None:
         super().__init__(root, graph, class_name or type(root).__name__)
+        # Unpickling would trace anew with this class, which wants an example input.
+        self._tracer_cls = None
         _adopt(self, root)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:

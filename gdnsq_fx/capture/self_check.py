@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -65,9 +66,17 @@ def _outputs(
         module.train(training)
         torch.manual_seed(0)
         try:
-            return _Output(*tree_flatten(module(*args, **kwargs)))
+            return _Output(*tree_flatten(_plain(module(*args, **kwargs))))
         except Exception as error:  # any error of the user's model is data here
             return error
+
+
+def _plain(output: Any) -> Any:
+    """Mappings as plain dicts: a graph returns an OrderedDict as one."""
+    if isinstance(output, Mapping):
+        entries: Mapping[Any, Any] = output
+        return {key: _plain(value) for key, value in entries.items()}
+    return output
 
 
 def _compare(wanted: _Output, got: _Output | Exception, mode: str) -> None:

@@ -8,11 +8,8 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Proxy, Tracer
-from torch.fx.node import base_types
 
 from gdnsq_fx.capture.leaves import stays_whole
-
-_PLAIN = (*base_types, type(None))
 
 
 class ModelTracer(Tracer):
@@ -59,11 +56,11 @@ class ModelTracer(Tracer):
         """One placeholder, or one for each item of ``*args`` and ``**kwargs``."""
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             names = [f"{parameter.name}_{i}" for i in range(len(given))]
-            return tuple(self._placeholder(name, ()) for name in names)
+            return tuple(self._placeholder(name) for name in names)
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            return {name: self._placeholder(name, ()) for name in given}
-        plain = isinstance(parameter.default, _PLAIN)
-        return self._placeholder(parameter.name, (parameter.default,) if plain else ())
+            return {name: self._placeholder(name) for name in given}
+        return self._placeholder(parameter.name)
 
-    def _placeholder(self, name: str, default: tuple[Any, ...]) -> Proxy:
-        return self.create_proxy("placeholder", name, default, {})
+    def _placeholder(self, name: str) -> Proxy:
+        # No default: the example gives it, and what it leaves out is no input at all.
+        return self.create_proxy("placeholder", name, (), {})

@@ -19,6 +19,7 @@ from gdnsq_fx.annotations import model_facts
 from gdnsq_fx.deploy.files import read_file, write_file
 from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.errors import FileFormatError, PassError
+from gdnsq_fx.inputs import model_device
 from gdnsq_fx.sites import WeightSite, bit_width, sites
 from gdnsq_fx.spec import QuantConfig
 
@@ -116,6 +117,7 @@ def fill(imodel: GraphModule, contents: Contents) -> GraphModule:
     Raises:
         FileFormatError: names or shapes differ.
     """
+    device = model_device(imodel) or torch.device("cpu")
     state: dict[str, Tensor] = imodel.state_dict()
     for name, wanted in state.items():
         given = contents.tensors.get(name, wanted)
@@ -127,7 +129,7 @@ def fill(imodel: GraphModule, contents: Contents) -> GraphModule:
         imodel.load_state_dict(contents.tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise other_model(contents, str(error).splitlines()[-1].strip()) from error
-    return imodel.requires_grad_(False)
+    return imodel.requires_grad_(False).to(device)
 
 
 def other_model(contents: Contents, cause: str) -> FileFormatError:

@@ -12,8 +12,8 @@ at ``y = s*k + b``, an estimator is two choices: the derivative of the noise ter
 | ``aewgs`` | as ``ste`` | 1 - min(delta * sign(g) * n, 0.99), delta from the batch |
 
 Sources: GDNSQ (arXiv 2508.14004) for the dithering of ``ste`` and for ``aewgs``; LSQ
-(Esser et al., arXiv 1902.08153); EWGS (Lee et al., arXiv 2104.00903), whose ``x_n -
-x_q`` is ``-n`` here.
+(Esser et al., arXiv 1902.08153); EWGS (Lee et al., arXiv 2104.00903), whose
+``x_n - x_q`` is ``-n`` here.
 
 The published reference code differs in places: its ``ste`` noise carries a further
 factor ``s``, its ``ewgs`` backward does not run, and its activations always use

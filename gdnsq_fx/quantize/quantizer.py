@@ -145,8 +145,14 @@ class ActivationQuantizer(Quantizer):
 
     @torch.no_grad()
     def project(self, cap: float) -> None:
-        """Raise the step until the capacity is at most ``cap`` (at least one bit)."""
+        """Raise the step until the capacity is at most ``cap`` (at least one bit).
+
+        Below one bit, step and range meet halfway: were the step alone to yield, it
+        could never grow at a cap of one bit, and the scale would follow the range only.
+        """
         self.log2_step.clamp_(min=self.log2_range - cap)
+        missing = (MIN_CAPACITY - (self.log2_range - self.log2_step)).clamp(min=0.0)
+        self.log2_range.add_(missing / 2)
         self.log2_step.clamp_(max=self.log2_range - MIN_CAPACITY)
 
     @torch.no_grad()

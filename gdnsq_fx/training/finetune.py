@@ -88,6 +88,7 @@ def finetune(
     batches = chain([first], batches)
     bar = tqdm(range(steps), desc="fine-tune", disable=not progress, unit="step")
     frozen = teacher_for(qmodel, teacher)
+    check_device(frozen, first.args, first.kwargs)
     with in_evaluation(frozen), bar:
         objective = Objective(frozen, task_loss, distillation, distillation_loss)
         run = Run(qmodel, objective, schedule, lr, max_grad_norm)
@@ -99,6 +100,9 @@ def finetune(
                     metric = _validated(qmodel, validate) if due else None
                     bar.set_postfix(**run.record(step, loss, metric))
             run.check_finite(steps)
+        except BaseException:
+            run.undo_if_untrained()
+            raise
         finally:
             qmodel.eval()
     violations = run.constraint.violations()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gdnsq_fx.analysis.divergence import jeffreys, primary_output
+from gdnsq_fx.errors import ConfigError
 
 TaskLoss = Callable[[Any, Any], Tensor]
 
@@ -20,9 +21,21 @@ def distillation_loss(output: Any, teacher_output: Any) -> Tensor:
 
     Source: GDNSQ (arXiv 2508.14004), "metric smoothing".
     """
-    return jeffreys(primary_output(output), primary_output(teacher_output)).mean()
+    return jeffreys(*_alike(output, teacher_output)).mean()
 
 
 def squared_distillation_loss(output: Any, teacher_output: Any) -> Tensor:
     """Mean squared difference to the teacher, for outputs that are not logits."""
-    return (primary_output(output) - primary_output(teacher_output)).square().mean()
+    mine, wanted = _alike(output, teacher_output)
+    return (mine - wanted).square().mean()
+
+
+def _alike(output: Any, teacher_output: Any) -> tuple[Tensor, Tensor]:
+    """The tensors to compare; shapes that only broadcast are a mistake."""
+    mine, wanted = primary_output(output), primary_output(teacher_output)
+    if mine.shape != wanted.shape:
+        raise ConfigError(
+            f"the teacher's output has shape {tuple(wanted.shape)}, the model's "
+            f"{tuple(mine.shape)}; give the model that was prepared as teacher"
+        )
+    return mine, wanted

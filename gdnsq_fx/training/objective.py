@@ -48,9 +48,10 @@ class Objective:
                     "(inputs, targets)"
                 )
             losses.append(self.task_loss(output, batch.targets))
-        if any(loss.ndim for loss in losses):
+        if any(getattr(loss, "ndim", 1) for loss in losses):
             raise ConfigError(
-                "a loss must be a scalar; reduce it over the batch, as .mean() does"
+                "a loss must be a scalar tensor; reduce it over the batch, as .mean() "
+                "does"
             )
         return torch.stack(losses).sum()
 

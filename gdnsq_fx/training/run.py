@@ -16,12 +16,15 @@ from gdnsq_fx.training.objective import Objective
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
 
+MAX_RANGE_RATE = 5e-2
+
 
 class Run:
     """One fine-tuning run: optimizer, constraint, history, and the last good state."""
 
     RECORDS = 100
     SNAPSHOTS = 20
+    MAX_SKIPPED = 10
 
     def __init__(
         self,
@@ -36,6 +39,11 @@ class Run:
         self.schedule = schedule
         self.max_grad_norm = max_grad_norm
         self.good_state = _copied_state(qmodel)
+        self.trained = False
+        self.skipped = 0
+        # What the user holds in evaluation inside a model in training stays there.
+        modules = qmodel.modules() if qmodel.training else ()
+        self.held = [module for module in modules if not module.training]
         for module in qmodel.modules():
             if isinstance(module, Quantizer):
                 module.enabled = True  # to train without them would be no fine-tuning
@@ -48,6 +56,8 @@ class Run:
     def step(self, step: int, batch: Batch) -> Tensor:
         """Forward, backward, update, projection; returns the loss without penalty."""
         self.qmodel.train()
+        for module in self.held:
+            module.training = False
         factor = self.schedule.learning_rate_factor(step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -57,8 +67,9 @@ class Run:
         self.optimizer.zero_grad()
         (loss + penalty).backward()
         norm = nn.utils.clip_grad_norm_(self.qmodel.parameters(), self.max_grad_norm)
-        self._keep_or_restore(step, loss, norm)
-        self.optimizer.step()
+        if self._is_usable(step, loss, norm):
+            self.optimizer.step()
+            self.trained = True
         self.constraint.project(lambda target: self.schedule.cap(step, target))
         return loss.detach()
 
@@ -79,20 +90,34 @@ class Run:
         }
         return shown if metric is None else {**shown, "metric": f"{metric:.4g}"}
 
+    def undo_if_untrained(self) -> None:
+        """Where not one step was taken, put back the quantizers that were opened."""
+        if not self.trained:
+            self.qmodel.load_state_dict(self.good_state)
+
     def check_finite(self, step: int) -> None:
         """Restore and raise where the update before this step broke a parameter."""
         norm = nn.utils.get_total_norm([p.detach() for p in self.qmodel.parameters()])
         if not bool(torch.isfinite(norm)):
             self._restore(step, f"norm of the parameters {float(norm)}")
 
-    def _keep_or_restore(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """A finite step proves the parameters it started from; else go back."""
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+    def _is_usable(self, step: int, loss: Tensor, norm: Tensor) -> bool:
+        """A finite step proves the parameters it started from; else skip or go back.
+
+        A gradient alone may overflow now and then, where a BatchNorm meets a constant
+        channel at one bit. Its update is left out; a run of them is a divergence.
+        """
+        finite = bool(torch.isfinite(norm))
+        self.skipped = 0 if finite else self.skipped + 1
+        if not bool(torch.isfinite(loss)) or self.skipped > self.MAX_SKIPPED:
             self._restore(
                 step, f"loss {float(loss.detach())}, gradient norm {float(norm)}"
             )
+        if not finite:
+            return False
         if step % max(self.schedule.steps // self.SNAPSHOTS, 1) == 0:
             self.good_state = _copied_state(self.qmodel)
+        return True
 
     def _restore(self, step: int, found: str) -> NoReturn:
         self.qmodel.load_state_dict(self.good_state)
@@ -116,8 +141,9 @@ def _parameter_groups(
 ) -> list[dict[str, Any]]:
     """Weights at ``lr``; each quantizer at the rate that its descent needs.
 
-    ``lower`` is in units of its activation, not a logarithm: its rate is a share of the
-    range.
+    Only the step has bits to lose: the range follows the data, so in short runs its
+    rate is limited, or it strays by powers of two. ``lower`` is in units of its
+    activation, not a logarithm: its rate is a share of the range.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     ours: set[int] = set()
@@ -127,10 +153,10 @@ def _parameter_groups(
         ours |= {id(p) for p in module.parameters()}
         rate = schedule.quantizer_rate(module.spec.bits)
         for name, parameter in module.named_parameters():
-            scale = 1.0
+            own = rate if name == "log2_step" else min(rate, MAX_RANGE_RATE)
             if name == "lower" and isinstance(module, ActivationQuantizer):
-                scale = float(module.range.detach())
-            groups.setdefault(rate * scale, []).append(parameter)
+                own *= float(module.range.detach())
+            groups.setdefault(own, []).append(parameter)
     weights = [p for p in qmodel.parameters() if p.requires_grad and id(p) not in ours]
     return [
         {"params": weights, "lr": lr},

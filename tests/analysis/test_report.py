@@ -165,8 +165,8 @@ def test_bits_now_and_bits_to_meet() -> None:
     qmodel.quantizers["block_input"].open_to(6.0)
     report = gdnsq_fx.analyze(qmodel, BATCHES)
     edge = next(e for e in report.edges if e.name == "block.input")
-    assert (edge.bits, edge.target_bits) == (6, 4)
-    assert "6 > 4" in str(report)
+    assert (edge.bits, edge.target_bits) == (6, 2)
+    assert "6 > 2" in str(report)
 
 
 def test_report_needs_the_analysis() -> None:

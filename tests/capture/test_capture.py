@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -306,3 +308,28 @@ def test_a_failed_capture_leaves_the_model_untouched() -> None:
         capture(model, (_X,), {})
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(m.training for m in model.modules())
+
+
+def test_a_keyword_only_argument_after_an_optional_one() -> None:
+    class Mixed(_Linear):
+        def forward(self, x: Tensor, scale: float = 1.0, *, shift: Tensor) -> Tensor:
+            return self.fc(x) * scale + shift
+
+    captured = capture(Mixed(), (_X, 2.0), {"shift": torch.ones(4)})
+    wanted = captured.get_submodule("fc")(_X) * 2.0 + 1.0
+    torch.testing.assert_close(captured(_X, 2.0, shift=torch.ones(4)), wanted)
+
+
+def test_an_ordered_dict_is_a_dict() -> None:
+    class Named(_Linear):
+        def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+            return OrderedDict(out=self.fc(x))
+
+    captured = capture(Named(), (_X,), {})
+    torch.testing.assert_close(captured(_X)["out"], captured.get_submodule("fc")(_X))
+
+
+def test_a_captured_model_can_be_pickled() -> None:
+    captured = capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (_X,), {})
+    again = pickle.loads(pickle.dumps(captured))
+    torch.testing.assert_close(again(_X), captured(_X))

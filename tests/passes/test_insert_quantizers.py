@@ -537,13 +537,13 @@ def test_overrides_by_name_and_operation_later_ones_win(inserted) -> None:
     }
     module = inserted(_Deep(), _IMAGE, overrides=overrides)
     assert _layer_bits(module) == {
-        "stem": (3, 8), "body.0": (3, 5), "body.1": (6, 5), "fc1": (4, 4), "fc2": (1, 8)
+        "stem": (3, 8), "body.0": (3, 5), "body.1": (6, 5), "fc1": (2, 2), "fc2": (1, 8)
     }  # fmt: skip
     specs = {site.edge: site.quantizer.spec for site in sites(module)}
     assert specs["body.0.weight"] == QuantSpec(3, "ste", "free", per_channel=True)
     assert specs["body.1.weight"] == QuantSpec(6, "ste", "free", per_channel=False)
     assert specs["body.1.input"] == QuantSpec(5, "ste", "free")
-    assert specs["fc1.weight"] == QuantSpec(4, "lsq", "half_step", per_channel=True)
+    assert specs["fc1.weight"] == QuantSpec(2, "lsq", "half_step", per_channel=True)
     sizes = {s.edge: s.quantizer.log2_step.numel() for s in weight_sites(module)}
     assert sizes["body.0.weight"] == 4 and sizes["body.1.weight"] == 1
 

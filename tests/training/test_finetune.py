@@ -25,6 +25,7 @@ from gdnsq_fx.opinfo import ChannelLayout
 from gdnsq_fx.sites import activation_sites, weight_sites
 from gdnsq_fx.spec import Estimator, Offset
 from gdnsq_fx.training.losses import squared_distillation_loss
+from gdnsq_fx.training.run import Run
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 OFFSETS: tuple[Offset, ...] = get_args(Offset)
@@ -536,8 +537,39 @@ def test_gradient_that_turns_nan_stops() -> None:
 
     with pytest.raises(TrainingDivergedError) as caught:
         _finetune(qmodel, _labelled(), task_loss=loss)
-    assert caught.value.step == 0
+    assert caught.value.step == Run.MAX_SKIPPED
     assert _is_finite(qmodel)
+
+
+def test_gradient_that_overflows_once_is_skipped() -> None:
+    _, qmodel = _prepared()
+    calls = itertools.count()
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        if next(calls) == 3:
+            return (output - output.detach()).square().sum().sqrt()
+        return output.square().mean()
+
+    result = _finetune(qmodel, _labelled(), task_loss=loss, steps=20)
+    assert result.budget_met
+    assert _is_finite(qmodel)
+
+
+def test_an_error_before_the_first_update_changes_nothing() -> None:
+    """Targets that are missing show only when the loss is taken."""
+    _, qmodel = _prepared()
+    before = {k: v.clone() for k, v in qmodel.state_dict().items()}
+    with pytest.raises(BatchStructureError, match="task_loss needs targets"):
+        _finetune(qmodel, task_loss=lambda output, targets: output.mean())
+    assert all(torch.equal(v, before[k]) for k, v in qmodel.state_dict().items())
+
+
+def test_a_teacher_of_another_shape_is_refused() -> None:
+    """A single column would broadcast, and train towards nonsense."""
+    model, qmodel = _prepared()
+    narrow = nn.Sequential(model, nn.LazyLinear(1))
+    with pytest.raises(ConfigError, match="teacher's output has shape"):
+        _finetune(qmodel, teacher=narrow)
 
 
 def test_error_in_the_users_loss_goes_through_and_leaves_finite_weights() -> None:
