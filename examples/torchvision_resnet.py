@@ -18,7 +18,8 @@ def main() -> None:
     model = torchvision.models.resnet18(weights=None, num_classes=10)
     batches = [torch.randn(8, 3, 64, 64) for _ in range(4)]
 
-    qmodel = gdnsq_fx.prepare(model, batches[0], calibration=batches)
+    config = gdnsq_fx.QuantConfig(weight_bits=4, act_bits=4)
+    qmodel = gdnsq_fx.prepare(model, batches[0], config, calibration=batches)
     print(gdnsq_fx.analyze(qmodel, batches))
     print(gdnsq_fx.finetune(qmodel, batches, steps=100, teacher=model))
     imodel = gdnsq_fx.convert(qmodel)
