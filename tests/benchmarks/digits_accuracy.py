@@ -60,7 +60,7 @@ class Run:
 
 DEFAULTS = (Recipe(2, 1500), Recipe(1, 1500))
 RECIPES = tuple(
-    Recipe(bits, 600, estimator, offset, slow_down)
+    Recipe(bits, 300, estimator, offset, slow_down)
     for estimator, offset, slow_down in (
         ("lsq", "half_step", 2.0),
         ("ste", "half_step", 2.0),
