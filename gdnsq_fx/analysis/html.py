@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
-from gdnsq_fx.analysis.text import bits_of, divergence, quantity
+from gdnsq_fx.analysis.text import cells_of, quantity
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem;
@@ -44,18 +44,7 @@ def html_page(report: Findings) -> str:
 
 
 def _row(edge: EdgeReport, worst: float) -> str:
-    cells = (
-        edge.name,
-        edge.op,
-        "x".join(str(n) for n in edge.shape),
-        bits_of(edge),
-        quantity(edge.capacity),
-        quantity(edge.entropy),
-        f"{100 * edge.utilisation:.0f}%",
-        f"{edge.sqnr_db:.1f}",
-        divergence(edge.predicted_divergence),
-        divergence(edge.measured_divergence),
-    )
+    cells = cells_of(edge, measured=True)[:-1]  # a bar stands for the mark
     share = edge.predicted_divergence / worst if worst else 0.0
     bar = f'<span class="bar" style="width:{100 * share:.1f}%"></span>'
     mark = ' class="bottleneck"' if edge.bottleneck else ""

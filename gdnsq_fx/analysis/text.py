@@ -28,7 +28,7 @@ def _table(edges: Sequence[EdgeReport]) -> str:
     measured = any(e.measured_divergence is not None for e in edges)
     divergences = ["predicted", "measured"] if measured else ["divergence"]
     headers = [*_HEADERS, *divergences, ""]
-    rows = [_row(edge, measured) for edge in edges]
+    rows = [cells_of(edge, measured) for edge in edges]
     for name in range(40, 12, -1):
         table = _drawn(headers, rows, (name, 16, 10))
         if max(len(line) for line in table) <= WIDTH:
@@ -84,7 +84,8 @@ def bits_of(edge: EdgeReport) -> str:
     return str(edge.bits) if met else f"{edge.bits} > {edge.target_bits}"
 
 
-def _row(edge: EdgeReport, measured: bool) -> list[str]:
+def cells_of(edge: EdgeReport, measured: bool) -> list[str]:
+    """One row of the table; with the measured divergence where asked for."""
     return [
         edge.name,
         edge.op,
