@@ -31,6 +31,10 @@ class NothingToQuantizeError(GdnsqError, ValueError):
     """No operation of the model was selected for quantization."""
 
 
+class NotQuantizedError(GdnsqError, ValueError):
+    """``strict=True``, and something stays in floating point that nobody excluded."""
+
+
 class CalibrationError(GdnsqError, ValueError):
     """Calibration data are missing, not finite, or were never seen."""
 
@@ -61,3 +65,7 @@ class FileFormatError(GdnsqError, ValueError):
 
 class MissingExtraError(GdnsqError, ImportError):
     """An optional dependency is not installed; the message names the extra."""
+
+
+class CaptureWarning(UserWarning):
+    """The captured graph holds for fewer inputs than the model does."""

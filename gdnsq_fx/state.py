@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -51,6 +50,7 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
     buffers = {id(b): b for root in modules for b in root.buffers() if not is_lazy(b)}
     saved = [(b, b.detach().clone()) for b in buffers.values()]
     attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in every]
+    kept = [(c, c.copy()) for m in every for c in vars(m).values() if _is_plain(c)]
     tensors = [t for root in modules for t in (*root.parameters(), *root.buffers())]
     cuda = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
     with ExitStack() as stack:
@@ -65,6 +65,8 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
                     buffer.copy_(value)
             for module, before, registered in attributes:
                 _restore(module, before, registered)
+            for container, before in kept:
+                _refill(container, before)
 
 
 def cloned(tree: Any) -> Any:
@@ -86,9 +88,29 @@ def _restore(
     for name, value in list(vars(module).items()):
         if name in _REGISTRIES or value is before.get(name):
             continue
-        if not any(isinstance(leaf, Tensor | Proxy) for leaf in tree_leaves(value)):
+        if not any(map(_is_traced, tree_leaves(value))):
             continue
         if name in before:
             vars(module)[name] = before[name]
         else:
             del vars(module)[name]
+
+
+def _is_plain(value: Any) -> bool:
+    """A list or dict that the user keeps on a module (not one of torch's own)."""
+    return type(value) in (list, dict)
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Take out what a forward pass put into a list or dict, if it holds tensors."""
+    if container == before or not any(map(_is_traced, tree_leaves(container))):
+        return
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def _is_traced(leaf: Any) -> bool:
+    """A tensor, or a number that a tracer made of a size."""
+    return isinstance(leaf, Tensor) or (
+        isinstance(leaf, int | float) and hasattr(leaf, "node")
+    )

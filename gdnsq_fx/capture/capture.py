@@ -5,104 +5,133 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
-from torch import nn
-from torch.fx import Graph, GraphModule, Tracer
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 
-from gdnsq_fx.annotations import source_of
-from gdnsq_fx.capture.captured import CapturedModule
-from gdnsq_fx.capture.self_check import self_check
-from gdnsq_fx.capture.tracer import ModelTracer
+from gdnsq_fx.annotations import annotate
+from gdnsq_fx.capture.captured import CapturedModule, CaptureFacts, mode_exceptions
+from gdnsq_fx.capture.modes import merged
+from gdnsq_fx.capture.self_check import observe, self_check
+from gdnsq_fx.capture.tracing import Trace, trace
 from gdnsq_fx.errors import CaptureError
-from gdnsq_fx.state import cloned, preserved_state
+from gdnsq_fx.opinfo import OpTable
+from gdnsq_fx.optable import DEFAULT_TABLE
+from gdnsq_fx.state import preserved_modes
 
 
 def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    table: OpTable = DEFAULT_TABLE,
+    *,
+    inplace: bool = False,
 ) -> CapturedModule:
-    """Trace a copy of the model; the model itself is left untouched.
+    """Record what a model computes, in evaluation and in training, as one graph.
 
     Args:
-        model: any module; a GraphModule is taken as it is.
+        model: any module, left untouched; a GraphModule is taken as it is.
         args, kwargs: an example input. Arguments of ``forward`` that it leaves out are
             fixed to their defaults.
+        table: operations that must stay visible (see `tracing.trace`).
+        inplace: share parameters and sub-modules with the model instead of copying.
 
     Returns:
         A graph module with every parameter, buffer and module under its old name.
 
     Raises:
-        CaptureError: the model fails on the example, cannot be traced, or the graph
+        CaptureError: the model fails on the example, cannot be recorded, or the graph
             does not compute what the model computes.
     """
-    model = _copied(model)
-    _run_once(model, args, kwargs)
+    model = _shell_of(model) if inplace else _copied(model)
     if isinstance(model, GraphModule):
         return CapturedModule(model, model.graph)
-    graph = _trace(model, args, kwargs)
-    captured = _built(model, graph)
-    self_check(model, captured, args, kwargs)
+    # The first run also builds what a model builds on its first call.
+    seen = observe(model, args, kwargs)
+    graph, facts = _recorded(model, args, kwargs, table)
+    captured = _built(model, graph, facts)
+    self_check(seen, model, captured)
     return captured
 
 
 def _copied(model: nn.Module) -> nn.Module:
+    # Tensors computed from others (a pruned weight) refuse to be copied as they are.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied: {error}. A tensor that is "
-            "computed from others and kept on a module is the usual cause, as by the "
-            "old torch.nn.utils.weight_norm; use torch.nn.utils.parametrizations"
+            f"{type(model).__name__} cannot be copied: {error}. Call a model with lazy "
+            "layers once before; else pass inplace=True, which copies nothing"
         ) from error
 
 
-def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run the model, so that what is built on the first call exists before tracing."""
-    with preserved_state(model), torch.no_grad():
-        model.eval()
+def _shell_of(model: nn.Module) -> nn.Module:
+    """The same parameters and sub-modules under a new root, which may be added to."""
+    shell = copy.copy(model)
+    for kind in ("_modules", "_parameters", "_buffers"):
+        vars(shell)[kind] = dict(vars(model)[kind])
+    return shell
+
+
+def _recorded(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], table: OpTable
+) -> tuple[Graph, CaptureFacts]:
+    """One graph for both modes."""
+    with preserved_modes(model):
+        evaluation = _trace(model.eval(), args, kwargs, table)
         try:
-            args, kwargs = cloned((args, kwargs))
-            model(*args, **kwargs)
-        except Exception as error:
-            raise CaptureError(
-                f"{type(model).__name__} fails on the example input: {error}. Check "
-                "example_input: a tensor, a tuple of arguments or a dict of keywords"
-            ) from error
-
-
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
-    tracer = ModelTracer(args, kwargs)
-    with preserved_state(model):
-        try:
-            graph = tracer.trace(model)
-        except Exception as error:
-            raise CaptureError(_trace_failure(model, tracer, error)) from error
-        constants = {
-            name: value
-            for name, value in vars(model).items()
-            if name.startswith("_tensor_constant")
-        }
-    # Tensors made in forward: the tracer keeps them on the model, the graph needs them.
-    vars(model).update(constants)
-    return graph
-
-
-def _trace_failure(model: nn.Module, tracer: Tracer, error: Exception) -> str:
-    nodes = list(getattr(tracer, "graph", Graph()).nodes)
-    where = source_of(nodes[-1]) if nodes else ""
-    after = f" after {nodes[-1].name} ({where})" if where else ""
-    return (
-        f"{type(model).__name__} cannot be traced{after}: {error}. Move the part whose "
-        "control flow depends on tensor values into a module of its own, or prepare "
-        "the sub-module that holds the convolutions and linear layers"
+            training = trace(
+                model.train(),
+                args,
+                kwargs,
+                table,
+                evaluation.constants,
+                real=evaluation.real,
+            )
+        except Exception:
+            # The model itself refuses to train on this input (a detector without
+            # targets), or the self-check finds the difference.
+            training = evaluation
+    vars(model).update(training.constants)
+    facts = CaptureFacts(
+        tuple(dict.fromkeys((*evaluation.specialized, *training.specialized))),
+        evaluation.opaque | training.opaque,
+        evaluation.real,
+        mode_exceptions(model),
     )
+    return merged(model, evaluation.graph, training.graph), facts
 
 
-def _built(model: nn.Module, graph: Graph) -> CapturedModule:
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], table: OpTable
+) -> Trace:
     try:
-        return CapturedModule(model, graph)
+        return trace(model, args, kwargs, table)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured: {error}. Pass only tensors "
+            "and plain values to its sub-modules and return tensors in tuples, lists, "
+            "dicts or dataclasses, or prepare the sub-module that holds the layers"
+        ) from error
+
+
+def _built(model: nn.Module, graph: Graph, facts: CaptureFacts) -> CapturedModule:
+    try:
+        captured = CapturedModule(model, graph)
     except Exception as error:
         raise CaptureError(
             f"no graph module can hold {type(model).__name__}: {error}. A sub-module "
             "named like an attribute of torch.fx.GraphModule (graph, code, meta) is "
             "the usual cause; rename it"
         ) from error
+    captured.facts = facts
+    for path, reason in facts.opaque.items():
+        for node in captured.graph.find_nodes(op="call_module", target=path):
+            annotate(node, skip=f"cannot be looked into ({reason})")
+    return captured

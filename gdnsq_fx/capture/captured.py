@@ -6,10 +6,38 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.fx import Graph, GraphModule
+
+from gdnsq_fx.capture.recorder import Specialization
+from gdnsq_fx.state import preserved_modes
+
+_KEY = "gdnsq_fx.capture"
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
+
+
+@dataclass(frozen=True)
+class CaptureFacts:
+    """What was learnt while a model was captured.
+
+    Attributes:
+        specialized: what the graph keeps as it was on the example.
+        opaque: path of a module that could not be looked into -> why.
+        real: the model reads data, so that it ran on real values.
+        modes: for each mode that ``train(mode)`` of the model sets, the modules that
+            it leaves in the other one, by path.
+    """
+
+    specialized: tuple[Specialization, ...] = ()
+    opaque: Mapping[str, str] = field(default_factory=dict[str, str])
+    real: bool = False
+    modes: Mapping[bool, tuple[str, ...]] = field(
+        default_factory=dict[bool, tuple[str, ...]]
+    )
 
 
 class CapturedModule(GraphModule):
@@ -37,8 +65,33 @@ class CapturedModule(GraphModule):
         _adopt(twin, tree)
         return twin
 
+    @property
+    def facts(self) -> CaptureFacts:
+        """What was learnt while it was captured; kept in ``meta``, as copies keep it."""
+        found = self.meta.get(_KEY)
+        return found if isinstance(found, CaptureFacts) else CaptureFacts()
 
-_REGISTRIES = ("_modules", "_parameters", "_buffers")
+    @facts.setter
+    def facts(self, facts: CaptureFacts) -> None:
+        self.meta[_KEY] = facts
+
+    def train(self, mode: bool = True) -> CapturedModule:
+        """As ``train`` of the model, which may hold some modules in evaluation."""
+        super().train(mode)
+        for path in self.facts.modes.get(mode, ()):
+            self.get_submodule(path).training = not mode
+        return self
+
+
+def mode_exceptions(model: nn.Module) -> dict[bool, tuple[str, ...]]:
+    """Which modules ``train(mode)`` of a model leaves in the other mode."""
+    found: dict[bool, tuple[str, ...]] = {}
+    with preserved_modes(model):
+        for mode in (True, False):
+            model.train(mode)
+            paths = (p for p, m in model.named_modules() if p and m.training != mode)
+            found[mode] = tuple(paths)
+    return {mode: paths for mode, paths in found.items() if paths}
 
 
 def _adopt(graph_module: GraphModule, root: nn.Module) -> None:

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.utils.parametrize import ParametrizationList
+
+_OPENED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+_WHOLE = (_BatchNorm, ParametrizationList, torch.jit.ScriptModule)
 
 
-def stays_whole(module: nn.Module, by_default: bool) -> bool:
-    """Whether a module stays one ``call_module`` node.
+def stays_whole(module: nn.Module) -> bool:
+    """Whether a module stays one ``call_module`` node whatever it computes.
 
-    BatchNorm (and wrappers derived from it) and whatever has neither children nor
-    parameters (dropout, stochastic depth) read ``self.training`` when they run. Kept
-    whole they still do, so that ``train()`` and ``eval()`` go on working.
-
-    Args:
-        module: the module met while tracing.
-        by_default: what `torch.fx.Tracer` would do (True for layers of ``torch.nn``).
+    Layers of ``torch.nn`` do, except for those that are made of others (attention,
+    transformer layers), fuse several products (LSTM, GRU, RNN) or have a weight that a
+    hook computes (pruning, the old weight norm). BatchNorm and
+    wrappers derived from it read ``self.training`` when they run, so that ``train()``
+    and ``eval()`` go on working; a `ParametrizationList` makes one weight; the code of
+    a `ScriptModule` cannot be looked into.
     """
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, _WHOLE):
         return True
-    bare = next(module.children(), None) is None
-    bare = bare and next(module.parameters(recurse=False), None) is None
-    return bare or by_default
+    if isinstance(module, _OPENED):
+        return False
+    if _computes_weight(module):
+        return False
+    own = type(module).__module__.startswith("torch.nn.")
+    children = {name for name, _ in module.named_children()}
+    return own and children <= {"parametrizations"}
+
+
+def _computes_weight(module: nn.Module) -> bool:
+    """Whether a hook makes the weight before each call, as pruning does."""
+    return isinstance(vars(module).get("weight"), Tensor)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module has neither children nor parameters, as dropout has.
+
+    Such a module stays whole, because it often reads ``self.training`` when it runs,
+    unless a matrix product or a convolution is found inside.
+    """
+    return (
+        next(module.children(), None) is None
+        and next(module.parameters(recurse=False), None) is None
+    )

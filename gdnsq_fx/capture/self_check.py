@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -9,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
-from gdnsq_fx.errors import CaptureError
+from gdnsq_fx.capture.captured import CapturedModule
+from gdnsq_fx.capture.first_difference import first_difference
+from gdnsq_fx.errors import CaptureError, CaptureWarning
 from gdnsq_fx.state import cloned, preserved_state
 
 RELATIVE_TOLERANCE = 1e-4
@@ -22,46 +25,96 @@ class _Output(NamedTuple):
     structure: TreeSpec
 
 
+class Observation(NamedTuple):
+    """What the model returned, or how it failed, for one input in one mode.
+
+    Attributes:
+        training: the mode.
+        inputs: ``(args, kwargs)``.
+        same_size: whether they have the batch size of the example.
+        output: flattened, or the error that the model raised.
+    """
+
+    training: bool
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    same_size: bool
+    output: _Output | Exception
+
+
+def observe(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Observation]:
+    """Run the model in both modes, on the example and on other samples and batches.
+
+    Of a large batch the first samples stand for all. Every run begins with the same
+    random state, and leaves buffers and the random state as they were.
+
+    Raises:
+        CaptureError: the model fails on the example itself in evaluation.
+    """
+    example = args, kwargs
+    other = _other_batch(example)
+    found = [
+        Observation(training, inputs, inputs is example, _outputs(model, model, training, inputs))
+        for training, inputs in ((False, example), (False, other), (True, other))
+    ]
+    if isinstance(found[0].output, Exception):
+        raise CaptureError(
+            f"{type(model).__name__} fails on the example input: {found[0].output}. "
+            "Check example_input: a tensor, a tuple of arguments or a dict of keywords"
+        ) from found[0].output
+    return found
+
+
 def self_check(
-    model: nn.Module,
-    captured: GraphModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    seen: list[Observation], model: nn.Module, captured: CapturedModule
 ) -> None:
-    """Compare graph and model on the example input and on a batch twice as large.
-
-    Both modes are compared under one random seed; buffers and the random state are
-    left as they were. A larger batch that the model itself refuses is not compared.
-
-    Args:
-        model: the model; shares its parameters and buffers with ``captured``.
-        captured: the graph of that model.
-        args, kwargs: the example input.
+    """Compare the graph with what the model was observed to do.
 
     Raises:
         CaptureError: outputs differ by more than 1e-4 of their range, or only the
-            graph fails.
+            graph fails. Where that is so for another batch size alone, the graph is
+            specialized, which is a `CaptureWarning`.
     """
-    doubled: Any = tree_map(_doubled, (args, kwargs))
-    examples: list[Any] = [(args, kwargs), doubled]
-    for training in (False, True):
-        for example in examples:
-            wanted = _outputs(model, model, training, *example)
-            if isinstance(wanted, Exception):
-                continue  # the model refuses this batch or mode in eager as well
-            got = _outputs(captured, model, training, *example)
-            _compare(wanted, got, "training" if training else "evaluation")
+    for one in seen:
+        if isinstance(one.output, Exception):
+            continue  # the model refuses this input or mode in eager as well
+        got = _outputs(captured, model, one.training, one.inputs)
+        cause = _difference(one.output, got)
+        if cause is None:
+            continue
+        mode = "training" if one.training else "evaluation"
+        where = first_difference(model, captured, one.inputs, one.training)
+        if one.same_size:
+            raise CaptureError(
+                f"the captured graph {cause} in {mode}{where}. The model's control flow "
+                "depends on data in a way that one graph cannot hold; move that part "
+                "into a module without children, or capture a sub-module"
+            )
+        warnings.warn(
+            f"the captured graph holds for the size of the example only: on another "
+            f"batch it {cause} in {mode}{where}. {_specializations(captured)}",
+            CaptureWarning,
+            stacklevel=2,
+        )
+
+
+def _specializations(captured: CapturedModule) -> str:
+    found = captured.facts.specialized
+    if not found:
+        return "A size is fixed in it, such as by range(len(x))"
+    places = ", ".join(dict.fromkeys(s.source for s in found[:5]))
+    return f"What it fixes: {places}"
 
 
 def _outputs(
     module: nn.Module,
     model: nn.Module,
     training: bool,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
 ) -> _Output | Exception:
     """The output, or the error that the module raised."""
-    args, kwargs = cloned((args, kwargs))
+    args, kwargs = cloned(inputs)
     with preserved_state(module, model), torch.no_grad():
         module.train(training)
         torch.manual_seed(0)
@@ -72,26 +125,22 @@ def _outputs(
 
 
 def _plain(output: Any) -> Any:
-    """Mappings as plain dicts: a graph returns an OrderedDict as one."""
+    """Mappings as plain dicts, so that their class does not matter."""
     if isinstance(output, Mapping):
         entries: Mapping[Any, Any] = output
         return {key: _plain(value) for key, value in entries.items()}
     return output
 
 
-def _compare(wanted: _Output, got: _Output | Exception, mode: str) -> None:
-    remedy = (
-        "The model's control flow depends on data or on train()/eval() in a way that "
-        "one graph cannot hold; move that part into a module without children, or "
-        "capture a sub-module."
-    )
+def _difference(wanted: _Output, got: _Output | Exception) -> str | None:
+    """How two outputs differ, None where they agree."""
     if isinstance(got, Exception):
-        raise CaptureError(f"the captured graph fails in {mode}: {got}. {remedy}")
-    same = wanted.structure == got.structure
-    if not same or not all(map(_close, wanted.leaves, got.leaves)):
-        raise CaptureError(
-            f"the captured graph differs from the model in {mode}. {remedy}"
-        )
+        return f"fails ({type(got).__name__}: {got})"
+    if wanted.structure != got.structure:
+        return "returns another structure"
+    if not all(map(_close, wanted.leaves, got.leaves)):
+        return "returns other values"
+    return None
 
 
 def _close(wanted: Any, got: Any) -> bool:
@@ -100,7 +149,8 @@ def _close(wanted: Any, got: Any) -> bool:
         same = type(wanted) is type(got)
         return same and all(_close(getattr(wanted, n), getattr(got, n)) for n in names)
     if not isinstance(wanted, Tensor):
-        return bool(wanted == got)
+        plain = isinstance(wanted, int | float | str | bool | None)
+        return bool(wanted == got) if plain else type(wanted) is type(got)
     if not isinstance(got, Tensor) or wanted.shape != got.shape:
         return False
     if wanted.is_meta or wanted.numel() == 0:
@@ -111,7 +161,18 @@ def _close(wanted: Any, got: Any) -> bool:
     return torch.allclose(wanted, got, 0.0, RELATIVE_TOLERANCE * scale, equal_nan=True)
 
 
-def _doubled(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.ndim:
-        return torch.cat([value, value])
-    return value
+_FEW = 3
+
+
+def _other_batch(example: Any) -> Any:
+    """Another batch size and other values: three samples of many, or twice a few."""
+    return tree_map(_other_samples, example)
+
+
+def _other_samples(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value
+    more = value[:_FEW] if value.shape[0] > _FEW else torch.cat([value, value])
+    if not value.is_floating_point() or value.is_meta:
+        return more
+    return more.roll(1, dims=-1)
