@@ -114,3 +114,15 @@ def _is_traced(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) or (
         isinstance(leaf, int | float) and hasattr(leaf, "node")
     )
+
+
+@contextmanager
+def without_fast_path() -> Generator[None]:
+    """Attention layers compute step by step: the fused kernel drops padded places."""
+    mha = torch.backends.mha
+    enabled = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(enabled)

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
+from torch.nn.parameter import is_lazy
 
 from gdnsq_fx.annotations import annotate
 from gdnsq_fx.capture.captured import CapturedModule, CaptureFacts, mode_exceptions
 from gdnsq_fx.capture.modes import merged
+from gdnsq_fx.capture.resizing import restore_sizes
 from gdnsq_fx.capture.self_check import observe, self_check
 from gdnsq_fx.capture.tracing import Trace, trace
 from gdnsq_fx.errors import CaptureError
@@ -62,12 +64,17 @@ def _copied(model: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
+    memo |= {
+        id(p): type(p)(device=p.device, dtype=p.dtype)
+        for p in (*model.parameters(), *model.buffers())
+        if is_lazy(p)
+    }
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied: {error}. Call a model with lazy "
-            "layers once before; else pass inplace=True, which copies nothing"
+            f"{type(model).__name__} cannot be copied: {error}. Pass inplace=True, "
+            "which copies nothing"
         ) from error
 
 
@@ -98,6 +105,9 @@ def _recorded(
             # The model itself refuses to train on this input (a detector without
             # targets), or the self-check finds the difference.
             training = evaluation
+        restore_sizes(model, evaluation, False, args, kwargs, table)
+        if training is not evaluation:
+            restore_sizes(model, training, True, args, kwargs, table)
     vars(model).update(training.constants)
     facts = CaptureFacts(
         tuple(dict.fromkeys((*evaluation.specialized, *training.specialized))),
@@ -105,7 +115,7 @@ def _recorded(
         evaluation.real,
         mode_exceptions(model),
     )
-    return merged(model, evaluation.graph, training.graph), facts
+    return merged(model, evaluation.pruned(), training.pruned()), facts
 
 
 def _trace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 _OPENED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -29,6 +30,8 @@ def stays_whole(module: nn.Module) -> bool:
         return False
     own = type(module).__module__.startswith("torch.nn.")
     children = {name for name, _ in module.named_children()}
+    if "parametrizations" in children and parametrize._cache_enabled:
+        return False  # others may read the very tensor that this layer computes
     return own and children <= {"parametrizations"}
 
 

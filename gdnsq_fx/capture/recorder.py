@@ -27,7 +27,6 @@ from gdnsq_fx.capture.opened import OPENED_FUNCTIONS
 from gdnsq_fx.capture.scalars import TracedFloat, TracedInt, plain, traced
 from gdnsq_fx.capture.values import Untraceable, map_argument, map_parts
 
-
 # They change what the calls after them do, and are no calls on values themselves.
 _STATE = frozenset({"_set_grad_enabled", "set_grad_enabled"})
 
@@ -91,12 +90,16 @@ class Recorder(TorchFunctionMode):
         self.constants = dict(constants)
         every = (*root.named_parameters(), *root.named_buffers(), *constants.items())
         self._named = {id(tensor): (name, tensor) for name, tensor in every}
+        # Value of each node that stands for a number.
+        self.numbers: dict[Node, Any] = {}
         self._attributes: dict[str, Node] = {}
         self._inputs_end: Node | None = None
         self._nodes: dict[int, tuple[Tensor, Node]] = {}
         self._changes: list[tuple[int, tuple[Tensor, Node] | None]] = []
-        self._disposable: set[Node] = set()
-        self._detached: dict[Node, Node | None] = {}
+        self.disposable: set[Node] = set()
+        self._detached: dict[Node, Node] = {}
+        self._gradless: set[Node] = set()
+        self._leaky: set[Node] = set()
 
     # --- what torch calls ------------------------------------------------------------
 
@@ -133,7 +136,7 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         name: str,
     ) -> Any:
-        before = self._versions((args, kwargs))
+        before = self.versions((args, kwargs))
         value = self.compute(func, args, kwargs)
         if value is None and name not in ("__setitem__",):
             return None
@@ -147,7 +150,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """An attribute that is no tensor: symbolic if a size, else a constant."""
         value = func(*args, **kwargs)
-        if name != "shape" or not self._is_tracked(args[0]):
+        if name != "shape" or not self.knows(args[0]):
             return value
         node = self._scalar_node("call_function", getattr, (args[0], "shape"), {})
         return self._sizes(value, node)
@@ -161,12 +164,12 @@ class Recorder(TorchFunctionMode):
         value: Any,
     ) -> Any:
         """A result without tensors: symbolic where it is a size or an item."""
-        if name == "__len__" and self._is_tracked(args[0]):
-            self.specialize("number", value)
+        if name == "__len__" and self.knows(args[0]):
+            self._keep(self._scalar_node("call_method", "size", (args[0], 0), {}), value)
             return value
         sized = name in ("size", "numel", "nelement", "item", "broadcast_shapes")
         known = any(
-            self._is_tracked(leaf) or isinstance(leaf, TracedInt | TracedFloat)
+            self.knows(leaf) or isinstance(leaf, TracedInt | TracedFloat)
             for leaf in tree_leaves((args, kwargs))
         )
         if not sized or not known:
@@ -179,19 +182,21 @@ class Recorder(TorchFunctionMode):
 
     def _sizes(self, value: Any, node: Node) -> Any:
         if not isinstance(value, torch.Size):
+            self.numbers[node] = value
             return traced(value, node, self)
-        parts = (
-            traced(size, self._part(node, index), self)
-            for index, size in enumerate(value)
-        )
-        return torch.Size(list(parts))
+        parts: list[Any] = []
+        for index, size in enumerate(value):
+            part = self.part(node, index)
+            self.numbers[part] = size
+            parts.append(traced(size, part, self))
+        return torch.Size(parts)
 
     def _data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A look at the data of a tensor: its outcome is fixed in the graph."""
         if self.fake is not None:
             self.need_real()
         value = self.compute(func, args, kwargs)
-        if any(self._is_tracked(leaf) for leaf in tree_leaves((args, kwargs))):
+        if any(self.knows(leaf) for leaf in tree_leaves((args, kwargs))):
             self.specialize("data", value)
         return value
 
@@ -207,7 +212,18 @@ class Recorder(TorchFunctionMode):
             node = self._scalar_node("call_function", function, args, {})
         except Untraceable:
             return value
+        self.numbers[node] = value
         return traced(value, node, self)
+
+    def number(self, function: Callable[..., Any], source: Any, value: Any) -> None:
+        """Record the call, though its result will be met as a plain number."""
+        if self.active:
+            node = self._scalar_node("call_function", function, (source,), {})
+            self._keep(node, value)
+
+    def _keep(self, node: Node, value: Any) -> None:
+        self.numbers[node] = value
+        self.specialize("number", value)
 
     def specialize(self, kind: str, value: object) -> None:
         """Note that the graph keeps a value which the model's own code looked at."""
@@ -279,6 +295,8 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             written = before.get(id(value), value._version) != value._version
             known = id(value) in self._nodes or id(value) in before
+            if known and written and not torch.is_grad_enabled():
+                return value  # its history stays that of the node it had
             if known and not written:
                 with torch.no_grad(), torch._C.DisableTorchFunction():
                     value = torch.ops.aten.alias.default(value)
@@ -286,13 +304,9 @@ class Recorder(TorchFunctionMode):
             return value
         return map_parts(
             value,
-            lambda part, key: self.track(part, self._part(node, key), before),
-            lambda part, name: self.track(part, self._attribute(node, name), before),
+            lambda part, key: self.track(part, self.part(node, key), before),
+            lambda part, name: self.track(part, self.field(node, name), before),
         )
-
-    def versions(self, tree: Any) -> dict[int, int]:
-        """How often each tensor of a call was written into, to see what it writes."""
-        return self._versions(tree)
 
     # --- going back ------------------------------------------------------------------
 
@@ -315,7 +329,12 @@ class Recorder(TorchFunctionMode):
         for node in self.nodes_since(mark):
             if node.op not in ("placeholder", "get_attr"):
                 self.graph.erase_node(node)
-                self._disposable.discard(node)
+                self.disposable.discard(node)
+                self.numbers.pop(node, None)
+                self._gradless.discard(node)
+                self._detached = {
+                    k: v for k, v in self._detached.items() if v is not node
+                }
         while len(self._changes) > mark.changes:
             key, previous = self._changes.pop()
             if previous is None:
@@ -325,13 +344,9 @@ class Recorder(TorchFunctionMode):
         del self.specialized[mark.specialized :]
 
     def finish(self, output: Any) -> Graph:
-        """Close the graph and drop numbers and attributes that nothing reads."""
-        self.graph.output(self.argument(output))
+        """Close the graph."""
+        self.graph.output(map_argument(output, self._leaf, self.call_node, exact=True))
         self.active = False
-        for node in reversed(self.graph.nodes):
-            idle = node in self._disposable or node.op == "get_attr"
-            if idle and not node.users:
-                self.graph.erase_node(node)
         return self.graph
 
     # --- values and nodes ------------------------------------------------------------
@@ -350,7 +365,7 @@ class Recorder(TorchFunctionMode):
             return known[1]
         named = self._named.get(id(value))
         if named is not None:
-            return self._attribute_node(named[0])
+            return self.attribute(named[0])
         if self.fake is not None:  # made by something that was not seen
             self.need_real()
         return self._constant(value)
@@ -362,9 +377,9 @@ class Recorder(TorchFunctionMode):
             name += "_"
         self.constants[name] = value
         self._named[id(value)] = name, value
-        return self._attribute_node(name)
+        return self.attribute(name)
 
-    def _attribute_node(self, name: str) -> Node:
+    def attribute(self, name: str) -> Node:
         """The ``get_attr`` node of a parameter, among those at the graph's start."""
         node = self._attributes.get(name)
         if node is None:
@@ -380,46 +395,54 @@ class Recorder(TorchFunctionMode):
         return node
 
     def _as_read(self, node: Node) -> Node:
-        """Detached, where a value made under ``no_grad`` is used outside of it."""
-        if node not in self._detached or not torch.is_grad_enabled():
+        """Detached where it is read under ``no_grad``: the graph has no such region."""
+        reads_history = torch.is_grad_enabled() and node not in self._leaky
+        if reads_history or node in self._gradless:
             return node
-        found = self._detached[node]
-        if found is None:
-            found = self.graph.call_method("detach", (node,))
-            found.meta["nn_module_stack"] = dict(self.scopes)
-            self._detached[node] = found
-        return found
+        if node not in self._detached:
+            made = self.graph.call_method("detach", (node,))
+            made.meta["nn_module_stack"] = dict(self.scopes)
+            self._detached[node] = made
+            self._gradless.add(made)
+        return self._detached[node]
 
     def _remember(self, value: Tensor, node: Node) -> None:
         self._changes.append((id(value), self._nodes.get(id(value))))
         self._nodes[id(value)] = value, node
-        if not torch.is_grad_enabled() and value.is_floating_point():
-            self._detached[node] = None
+        if not value.is_floating_point():
+            self._gradless.add(node)
+        elif not torch.is_grad_enabled():
+            # A module's own parameters were not detached: what it returns must be.
+            inside = node.op == "call_module" or node.all_input_nodes[:1] and (
+                node.all_input_nodes[0].op == "call_module"
+            )
+            (self._leaky if inside else self._gradless).add(node)
 
-    def _is_tracked(self, value: Any) -> bool:
+    def knows(self, value: Any) -> bool:
         return isinstance(value, Tensor) and id(value) in self._nodes
 
     def _scalar_node(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Node:
         node = self.call_node(op, target, args, kwargs)
-        self._disposable.add(node)
+        self.disposable.add(node)
         return node
 
-    def _part(self, node: Node, key: Any) -> Node:
+    def part(self, node: Node, key: Any) -> Node:
         made = self.graph.call_function(operator.getitem, (node, key))
         made.stack_trace = node.stack_trace
         made.meta["nn_module_stack"] = dict(self.scopes)
-        self._disposable.add(made)
+        self.disposable.add(made)
         return made
 
-    def _attribute(self, node: Node, name: str) -> Node:
+    def field(self, node: Node, name: str) -> Node:
         made = self.graph.call_function(getattr, (node, name))
         made.meta["nn_module_stack"] = dict(self.scopes)
-        self._disposable.add(made)
+        self.disposable.add(made)
         return made
 
-    def _versions(self, tree: Any) -> dict[int, int]:
+    def versions(self, tree: Any) -> dict[int, int]:
+        """How often each tensor of a call was written into, to see what it writes."""
         return {
             id(leaf): leaf._version
             for leaf in tree_leaves(tree)

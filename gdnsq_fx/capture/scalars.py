@@ -29,6 +29,10 @@ class ScalarRecorder(Protocol):
         """Note that a value was fixed at the line which runs now."""
         ...
 
+    def number(self, function: Callable[..., Any], source: Any, value: Any) -> None:
+        """Note that a traced number became the plain number ``function(source)``."""
+        ...
+
 
 class TracedInt(int):
     """An integer with its node, such as one dimension of a traced tensor."""
@@ -105,13 +109,22 @@ def _unary(function: Callable[..., Any]) -> Callable[..., Any]:
     return recorded
 
 
-def _fixing(method: str, kind: str, base: type) -> Callable[..., Any]:
+def _compared(method: str, base: type) -> Callable[..., Any]:
     compute = getattr(base, method)
 
     def recorded(self: Any, *others: Any) -> Any:
         value = compute(plain(self), *map(plain, others))
         if value is not NotImplemented:
-            self.recorder.specialize(kind, value)
+            self.recorder.specialize("branch", value)
+        return value
+
+    return recorded
+
+
+def _fixed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(self: Any) -> Any:
+        value = function(plain(self))
+        self.recorder.number(function, self, value)
         return value
 
     return recorded
@@ -130,7 +143,7 @@ def _equip(kind: type, base: type) -> None:
     for name in _BINARY:
         setattr(kind, f"__{name}__", _arithmetic(name, False))
         setattr(kind, f"__r{name}__", _arithmetic(name, True))
-    setattr(kind, "__divmod__", _divmod)
+    kind.__divmod__ = _divmod
     for name in ("neg", "abs", "pos"):
         setattr(kind, f"__{name}__", _unary(getattr(operator, name)))
     for method, function in (
@@ -140,9 +153,13 @@ def _equip(kind: type, base: type) -> None:
     ):
         setattr(kind, method, _unary(function))
     for method in _COMPARED:
-        setattr(kind, method, _fixing(method, "branch", base))
-    for method in ("__int__", "__float__", "__trunc__"):
-        setattr(kind, method, _fixing(method, "number", base))
+        setattr(kind, method, _compared(method, base))
+    for method, function in (
+        ("__int__", int),
+        ("__trunc__", math.trunc),
+        ("__float__", float),
+    ):
+        setattr(kind, method, _fixed(function))
 
 
 _equip(TracedInt, int)

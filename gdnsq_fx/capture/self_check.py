@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
 from gdnsq_fx.capture.captured import CapturedModule
 from gdnsq_fx.capture.first_difference import first_difference
 from gdnsq_fx.errors import CaptureError, CaptureWarning
-from gdnsq_fx.state import cloned, preserved_state
+from gdnsq_fx.state import cloned, preserved_state, without_fast_path
 
 RELATIVE_TOLERANCE = 1e-4
 
@@ -115,11 +115,13 @@ def _outputs(
 ) -> _Output | Exception:
     """The output, or the error that the module raised."""
     args, kwargs = cloned(inputs)
-    with preserved_state(module, model), torch.no_grad():
+    with preserved_state(module, model), torch.no_grad(), without_fast_path():
         module.train(training)
         torch.manual_seed(0)
+        # A failing GraphModule would print its code; its forward alone only raises.
+        run = module.forward if isinstance(module, GraphModule) else module
         try:
-            return _Output(*tree_flatten(_plain(module(*args, **kwargs))))
+            return _Output(*tree_flatten(_plain(run(*args, **kwargs))))
         except Exception as error:  # any error of the user's model is data here
             return error
 

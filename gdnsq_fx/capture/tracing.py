@@ -24,7 +24,7 @@ from gdnsq_fx.capture.recorder import (
     Recorder,
     Specialization,
 )
-from gdnsq_fx.capture.scalars import traced
+from gdnsq_fx.capture.scalars import plain, traced
 from gdnsq_fx.capture.values import Untraceable
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import preserved_state
@@ -40,6 +40,8 @@ class Trace:
         opaque: path of a module that could not be looked into -> why.
         constants: tensors that are neither parameters nor buffers, by their new name.
         real: real values were needed.
+        numbers: what each node that stands for a number was on the example.
+        disposable: nodes without effect, to be dropped where nothing reads them.
     """
 
     graph: Graph
@@ -47,6 +49,16 @@ class Trace:
     opaque: dict[str, str]
     constants: dict[str, Tensor]
     real: bool
+    numbers: dict[Node, Any]
+    disposable: set[Node]
+
+    def pruned(self) -> Graph:
+        """The graph without numbers, attributes and parameters that nothing reads."""
+        for node in reversed(self.graph.nodes):
+            idle = node in self.disposable or node.op == "get_attr"
+            if idle and not node.users:
+                self.graph.erase_node(node)
+        return self.graph
 
 
 def trace(
@@ -91,6 +103,7 @@ class _Tracer:
         self.recorder = recorder
         self.table = table
         self.paths = {id(m): path for path, m in root.named_modules()}
+        self.buffers = dict(root.named_buffers(remove_duplicate=False))
         self.opaque: dict[str, str] = {}
         self.call_module = nn.Module.__call__
         self.apply = inspect.getattr_static(torch.autograd.Function, "apply")
@@ -118,6 +131,8 @@ class _Tracer:
             self.opaque,
             recorder.constants,
             recorder.fake is None,
+            {node: plain(value) for node, value in recorder.numbers.items()},
+            recorder.disposable,
         )
 
     # --- inputs ------------------------------------------------------------------
@@ -152,19 +167,19 @@ class _Tracer:
             recorder.anchor = recorder.anchor or (twin, node)
             return recorder.track(twin, node, {})
         if isinstance(value, tuple | list):
-            items = [self._known(v, recorder._part(node, i)) for i, v in enumerate(value)]
+            items = [self._known(v, recorder.part(node, i)) for i, v in enumerate(value)]
             if hasattr(value, "_make"):
                 return cast(Any, type(value))._make(items)
             return cast(Any, type(value))(items)
         if isinstance(value, dict):
             entries = cast(dict[Any, Any], value).items()
             return cast(Any, type(value))(
-                {key: self._known(v, recorder._part(node, key)) for key, v in entries}
+                {key: self._known(v, recorder.part(node, key)) for key, v in entries}
             )
         if is_dataclass(value) and not isinstance(value, type):
             parts = {
                 f.name: self._known(
-                    getattr(value, f.name), recorder._attribute(node, f.name)
+                    getattr(value, f.name), recorder.field(node, f.name)
                 )
                 for f in fields(value)
                 if f.init
@@ -315,15 +330,11 @@ class _Tracer:
     def _write_back_buffers(self) -> None:
         """A buffer that forward replaced by a new tensor is written into instead."""
         for path, module in self.root.named_modules():
-            for name, value in list(module._buffers.items()):
+            for name, value in module._buffers.items():
                 full = f"{path}.{name}" if path else name
-                self._write_back(full, value)
-
-    def _write_back(self, name: str, value: Tensor | None) -> None:
-        if not self.recorder._is_tracked(value):
-            return
-        get = self.recorder._attribute_node(name)
-        self.recorder.call_node("call_method", "copy_", (get, value), {})
+                if value is not self.buffers.get(full) and self.recorder.knows(value):
+                    get = self.recorder.attribute(full)
+                    self.recorder.call_node("call_method", "copy_", (get, value), {})
 
 
 def _is_tensors(output: Any) -> bool:

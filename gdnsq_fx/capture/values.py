@@ -37,6 +37,7 @@ def map_argument(
     value: Any,
     leaf: Callable[[Any], Any],
     call: Callable[..., Node],
+    exact: bool = False,
 ) -> Any:
     """A nested value with tensors and traced numbers replaced, fit for a graph.
 
@@ -44,13 +45,14 @@ def map_argument(
         value: what the model passes to a function or returns.
         leaf: turns a tensor or traced number into its node.
         call: makes a node; dataclasses are built by calling their class.
+        exact: keep the class of tuples such as ``torch.Size``, as for an output.
 
     Raises:
         Untraceable: it holds something that a graph cannot.
     """
 
     def again(item: Any) -> Any:
-        return map_argument(item, leaf, call)
+        return map_argument(item, leaf, call, exact)
 
     if isinstance(value, Node):
         return value
@@ -65,7 +67,7 @@ def map_argument(
     if isinstance(value, Mapping):
         return _mapping(cast(Mapping[Any, Any], value), again, call)
     if isinstance(value, tuple | list):
-        return _sequence(value, again)
+        return _sequence(value, again, call, exact)
     if isinstance(value, slice):
         return slice(again(value.start), again(value.stop), again(value.step))
     if isinstance(value, range):
@@ -129,7 +131,7 @@ def _dataclass_items(value: Any) -> list[tuple[str, Any]]:
 
 
 def _mapping(value: Any, again: Callable[[Any], Any], call: Callable[..., Node]) -> Any:
-    if not all(isinstance(key, str | int | float | bool) for key in value):
+    if not all(map(_is_constant, value)):
         _refuse(value)
     plain = {key: again(part) for key, part in value.items()}
     if type(value) is dict:
@@ -137,11 +139,26 @@ def _mapping(value: Any, again: Callable[[Any], Any], call: Callable[..., Node])
     return call("call_function", type(value), (plain,), {})
 
 
-def _sequence(value: Any, again: Callable[[Any], Any]) -> Any:
+def _is_constant(key: Any) -> bool:
+    if isinstance(key, tuple):
+        return all(map(_is_constant, cast(tuple[Any, ...], key)))
+    return isinstance(key, _CONSTANTS)
+
+
+def _sequence(
+    value: Any, again: Callable[[Any], Any], call: Callable[..., Node], exact: bool
+) -> Any:
     parts = [again(part) for part in value]
+    kind = type(value)
+    if isinstance(value, list):
+        return parts
     if hasattr(value, "_fields"):
-        return type(value)._make(parts)  # its own __new__ may look at the parts
-    return parts if isinstance(value, list) else tuple(parts)
+        # A class of its own above the named tuple may look at the parts.
+        plain = kind.__bases__ == (tuple,)
+        return kind(*parts) if plain else call("call_function", kind, (*parts,), {})
+    if exact and kind is not tuple:  # torch.Size, torch.return_types
+        return call("call_function", kind, (parts,), {})
+    return tuple(parts)
 
 
 def _rebuilt(value: Any, items: list[tuple[str, Any]], call: Callable[..., Node]) -> Node:
