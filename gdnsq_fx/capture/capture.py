@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from gdnsq_fx.annotations import annotate
 from gdnsq_fx.capture.captured import CapturedModule, CaptureFacts, mode_exceptions
 from gdnsq_fx.capture.modes import merged
-from gdnsq_fx.capture.resizing import restore_sizes
+from gdnsq_fx.capture.resizing import at_other_sizes
 from gdnsq_fx.capture.self_check import observe, self_check
 from gdnsq_fx.capture.tracing import Trace, trace
 from gdnsq_fx.errors import CaptureError
@@ -105,12 +105,12 @@ def _recorded(
             # The model itself refuses to train on this input (a detector without
             # targets), or the self-check finds the difference.
             training = evaluation
-        restore_sizes(model, evaluation, False, args, kwargs, table)
+        fixed = at_other_sizes(model.eval(), evaluation, args, kwargs, table)
         if training is not evaluation:
-            restore_sizes(model, training, True, args, kwargs, table)
+            fixed += at_other_sizes(model.train(), training, args, kwargs, table)
     vars(model).update(training.constants)
     facts = CaptureFacts(
-        tuple(dict.fromkeys((*evaluation.specialized, *training.specialized))),
+        tuple(dict.fromkeys((*evaluation.specialized, *training.specialized, *fixed))),
         evaluation.opaque | training.opaque,
         evaluation.real,
         mode_exceptions(model),

@@ -67,7 +67,9 @@ class _Comparison(Interpreter):
         if self.found is None and kept and isinstance(value, Tensor):
             wanted = kept.popleft()
             same = wanted.shape == value.shape
-            if not same or not torch.allclose(wanted, value, 1e-3, 1e-4, equal_nan=True):
+            if not same or not torch.allclose(
+                wanted, value, 1e-3, 1e-4, equal_nan=True
+            ):
                 self.found = n
         return value
 

@@ -11,6 +11,8 @@ import torch
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+# What stands between a model's ``len(x)`` and the recorder.
+_BETWEEN = (_OURS, f"{_TORCH}_tensor.py", f"{_TORCH}overrides.py")
 
 
 class Line(NamedTuple):
@@ -45,6 +47,6 @@ def calling_line() -> Line:
 def in_torch() -> bool:
     """Whether code of torch itself asks, such as the checks of ``nn.LSTM``."""
     frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+    while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(_TORCH)

@@ -165,7 +165,9 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """A result without tensors: symbolic where it is a size or an item."""
         if name == "__len__" and self.knows(args[0]):
-            self._keep(self._scalar_node("call_method", "size", (args[0], 0), {}), value)
+            self._keep(
+                self._scalar_node("call_method", "size", (args[0], 0), {}), value
+            )
             return value
         sized = name in ("size", "numel", "nelement", "item", "broadcast_shapes")
         known = any(
@@ -413,8 +415,9 @@ class Recorder(TorchFunctionMode):
             self._gradless.add(node)
         elif not torch.is_grad_enabled():
             # A module's own parameters were not detached: what it returns must be.
-            inside = node.op == "call_module" or node.all_input_nodes[:1] and (
-                node.all_input_nodes[0].op == "call_module"
+            inside = node.op == "call_module" or (
+                node.all_input_nodes[:1]
+                and (node.all_input_nodes[0].op == "call_module")
             )
             (self._leaky if inside else self._gradless).add(node)
 

@@ -9,15 +9,18 @@ every recording is what it came from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from gdnsq_fx.annotations import source_of
 from gdnsq_fx.capture.alignment import aligned
+from gdnsq_fx.capture.recorder import Specialization
 from gdnsq_fx.capture.tracing import Trace, trace
 from gdnsq_fx.opinfo import OpTable
 
@@ -30,56 +33,64 @@ _FUNCTIONS: tuple[Callable[[float], float], ...] = (
 )
 
 
-def restore_sizes(
+def at_other_sizes(
     model: nn.Module,
     recorded: Trace,
-    training: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     table: OpTable,
-) -> None:
-    """Replace lost numbers in a recorded graph by the nodes they came from.
-
-    Nothing is done where no number was lost. Sizes that the model refuses are left out.
+) -> list[Specialization]:
+    """Record the model at a larger size, and replace the numbers that it shows lost.
 
     Args:
-        model: the model; ``training`` is the mode that was recorded.
-        recorded: the recording; its graph is changed.
+        model: the model, in the mode that was recorded.
+        recorded: the recording; numbers in its graph are replaced by their source.
         args, kwargs: the example input.
         table: as for `trace`.
+
+    Returns:
+        Places where the model went another way, such as a loop over ``range(len(x))``,
+        or where the source of a number was not found.
     """
-    if not any(s.kind == "number" for s in recorded.specialized):
-        return
-    pairs: list[dict[Node, Node]] = []
-    others: list[Trace] = []
-    for change in (_more_samples, _longer):
+
+    def again(change: Callable[[Any], Any]) -> Trace | None:
         other_args, other_kwargs = tree_map(change, (args, kwargs))
+        constants, real = recorded.constants, recorded.real
         try:
-            model.train(training)
-            other = trace(
-                model,
-                other_args,
-                other_kwargs,
-                table,
-                recorded.constants,
-                real=recorded.real,
-            )
+            return trace(model, other_args, other_kwargs, table, constants, real=real)
         except Exception:  # the model refuses this size
-            continue
-        found = _matched(recorded.graph, other.graph)
-        if found is not None:
-            pairs.append(found)
-            others.append(other)
-    if pairs:
-        _Restorer(recorded, others, pairs).run()
+            return None
+
+    one = again(lambda value: _longer(_more_samples(value))) or again(_more_samples)
+    if one is None:
+        return []
+    node = _first_parting(recorded.graph, one.graph)
+    if node is not None:
+        return [Specialization("iteration", node.name, source_of(node))]
+    if _Restorer(recorded, [one]).lost():
+        # One change at a time tells sizes apart that the first recording doubled alike.
+        others = [again(_more_samples), again(_longer), one]
+        restorer = _Restorer(recorded, [o for o in others if _alike(recorded, o)])
+        restorer.run()
+        return restorer.missed
+    return []
 
 
-def _matched(first: Graph, second: Graph) -> dict[Node, Node] | None:
-    """The nodes of two recordings in pairs; None where they took different ways."""
+def _alike(recorded: Trace, other: Trace | None) -> TypeGuard[Trace]:
+    return other is not None and _first_parting(recorded.graph, other.graph) is None
+
+
+def _first_parting(first: Graph, second: Graph) -> Node | None:
+    """The first call that one recording makes and the other does not."""
+    blocks = (block for block in aligned(first, second) if not block.matched)
+    block = next(blocks, None)
+    return None if block is None else (block.first or block.second)[0]
+
+
+def _matched(first: Graph, second: Graph) -> dict[Node, Node]:
+    """The nodes of two recordings that took the same way, in pairs."""
     found: dict[Node, Node] = {}
     for block in aligned(first, second):
-        if not block.matched:
-            return None
         found.update(zip(block.first, block.second, strict=True))
     outputs = [next(iter(g.find_nodes(op="output"))) for g in (first, second)]
     found[outputs[0]] = outputs[1]
@@ -87,17 +98,17 @@ def _matched(first: Graph, second: Graph) -> dict[Node, Node] | None:
 
 
 class _Restorer:
-    def __init__(
-        self, recorded: Trace, others: list[Trace], pairs: list[dict[Node, Node]]
-    ) -> None:
+    def __init__(self, recorded: Trace, others: list[Trace]) -> None:
         self.graph = recorded.graph
-        self.pairs = pairs
+        self.pairs = pairs = [_matched(recorded.graph, o.graph) for o in others]
+        self.reader = next(iter(self.graph.nodes))
+        self.missed: list[Specialization] = []
         # Values over all recordings -> the first node that has them.
         self.sources: dict[tuple[Any, ...], Node] = {}
         self.values = {
-            node: (value, *(o.numbers.get(p[node]) for o, p in zip(others, pairs, strict=True)))
+            node: (value, *(o.numbers[p[node]] for o, p in zip(others, pairs)))
             for node, value in recorded.numbers.items()
-            if all(node in p for p in pairs)
+            if all(p.get(node) in o.numbers for o, p in zip(others, pairs))
         }
 
     def run(self) -> None:
@@ -107,10 +118,19 @@ class _Restorer:
             if len(twins) == len(self.pairs):
                 self._restore(node, twins)
             values = self.values.get(node, ())
-            if len(set(values)) > 1 and None not in values:
-                self.sources.setdefault(values, node)
+            if len(set(values)) > 1:
+                self.sources.setdefault(_key(values), node)
+
+    def lost(self) -> bool:
+        """Whether a plain number differs between the recordings."""
+        return any(
+            _plain_numbers(node) != _plain_numbers(twin)
+            for pairs in self.pairs
+            for node, twin in pairs.items()
+        )
 
     def _restore(self, node: Node, twins: list[Node]) -> None:
+        self.reader = node
         with self.graph.inserting_before(node):
             args = self._argument([node.args, *(t.args for t in twins)])
             kwargs = self._argument([node.kwargs, *(t.kwargs for t in twins)])
@@ -133,32 +153,78 @@ class _Restorer:
             return {key: self._argument([v.get(key) for v in values]) for key in one}
         if isinstance(one, slice):
             ends = ("start", "stop", "step")
-            return slice(*(self._argument([getattr(v, e) for v in values]) for e in ends))
+            return slice(
+                *(self._argument([getattr(v, e) for v in values]) for e in ends)
+            )
         return one
 
     def _number(self, values: tuple[Any, ...]) -> Any:
         if len(set(values)) == 1 or any(isinstance(v, Node) for v in values):
             return values[0]
-        known = self.sources.get(values)
+        known = self.sources.get(_key(values))
         if known is not None:
             return known
-        for function, key, node in self._images():
-            if key == values:
-                made = self.graph.call_function(function, (node,))
-                self.sources[values] = made
-                return made
-        return values[0]
+        made = self._made(values)
+        if made is None:
+            source = source_of(self.reader)
+            self.missed.append(Specialization("number", str(values[0]), source))
+            return values[0]
+        self.sources[_key(values)] = made
+        return made
 
-    def _images(self) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...], Node]]:
-        for function in _FUNCTIONS:
-            for key, node in list(self.sources.items()):
-                if all(isinstance(v, int | float) and v > 0 for v in key):
-                    yield function, tuple(map(function, key)), node
+    def _made(self, values: tuple[Any, ...]) -> Node | None:
+        """A node that computes a number with these values from one that is known."""
+        for (_, *key), node in list(self.sources.items()):
+            for function in _FUNCTIONS:
+                if min(key) > 0 and _same(values, map(function, key)):
+                    return self.graph.call_function(function, (node,))
+            for function, inverse, swapped in _WITH_CONSTANT:
+                if 0 in key:
+                    continue
+                constant = inverse(values[0], key[0])
+                pairs = [(constant, k) if swapped else (k, constant) for k in key]
+                if _same(values, (function(*pair) for pair in pairs)):
+                    args = (constant, node) if swapped else (node, constant)
+                    return self.graph.call_function(function, args)
+        return None
+
+
+# function, what gives its constant from (value, source), constant stands first. Python
+# computes ``0.5 * n`` and ``1.0 / n`` without asking an integer that carries a node.
+_WITH_CONSTANT: tuple[tuple[Callable[..., Any], Callable[..., Any], bool], ...] = (
+    (operator.mul, operator.truediv, False),
+    (operator.truediv, operator.mul, True),
+    (operator.add, operator.sub, False),
+    (operator.sub, operator.add, True),
+)
+
+
+def _same(values: tuple[Any, ...], computed: Iterable[Any]) -> bool:
+    """Equal to the last bit, and of the same type."""
+    made = tuple(computed)
+    return made == values and type(made[0]) is type(values[0])
+
+
+def _plain_numbers(node: Node) -> list[Any]:
+    leaves = tree_leaves((tuple(node.args), dict(node.kwargs)), is_leaf=_is_slice)
+    ends = [(v.start, v.stop, v.step) if isinstance(v, slice) else (v,) for v in leaves]
+    return [v for end in ends for v in end if isinstance(v, int | float)]
+
+
+def _is_slice(value: Any) -> bool:
+    return isinstance(value, slice)
+
+
+def _key(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A float is no integer, even where they are equal."""
+    return type(values[0]), *values
 
 
 def _more_samples(value: Any) -> Any:
     """Twice as many along the first dimension."""
-    return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim else value
+    return (
+        torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim else value
+    )
 
 
 def _longer(value: Any) -> Any:

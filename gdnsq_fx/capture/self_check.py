@@ -55,7 +55,12 @@ def observe(
     example = args, kwargs
     other = _other_batch(example)
     found = [
-        Observation(training, inputs, inputs is example, _outputs(model, model, training, inputs))
+        Observation(
+            training,
+            inputs,
+            inputs is example,
+            _outputs(model, model, training, inputs),
+        )
         for training, inputs in ((False, example), (False, other), (True, other))
     ]
     if isinstance(found[0].output, Exception):

@@ -146,7 +146,9 @@ class _Tracer:
         for name, given in list(bound.arguments.items()):
             kind = signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
-                values = tuple(self._input(f"{name}_{i}", v) for i, v in enumerate(given))
+                values = tuple(
+                    self._input(f"{name}_{i}", v) for i, v in enumerate(given)
+                )
             elif kind is inspect.Parameter.VAR_KEYWORD:
                 values = {key: self._input(key, v) for key, v in given.items()}
             else:
@@ -167,7 +169,9 @@ class _Tracer:
             recorder.anchor = recorder.anchor or (twin, node)
             return recorder.track(twin, node, {})
         if isinstance(value, tuple | list):
-            items = [self._known(v, recorder.part(node, i)) for i, v in enumerate(value)]
+            items = [
+                self._known(v, recorder.part(node, i)) for i, v in enumerate(value)
+            ]
             if hasattr(value, "_make"):
                 return cast(Any, type(value))._make(items)
             return cast(Any, type(value))(items)
@@ -249,7 +253,11 @@ class _Tracer:
         return output
 
     def _whole(
-        self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """The call of a module as one node."""
         recorder = self.recorder

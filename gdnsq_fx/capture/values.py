@@ -161,7 +161,9 @@ def _sequence(
     return tuple(parts)
 
 
-def _rebuilt(value: Any, items: list[tuple[str, Any]], call: Callable[..., Node]) -> Node:
+def _rebuilt(
+    value: Any, items: list[tuple[str, Any]], call: Callable[..., Node]
+) -> Node:
     """A node that builds the dataclass anew; what is None by default is left out."""
     given = {name: part for name, part in items if part is not None}
     return call("call_function", type(value), (), given)
