@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -65,7 +65,7 @@ def _copied(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     memo |= {
-        id(p): type(p)(device=p.device, dtype=p.dtype)
+        id(p): cast(Any, type(p))(device=p.device, dtype=p.dtype)
         for p in (*model.parameters(), *model.buffers())
         if is_lazy(p)
     }

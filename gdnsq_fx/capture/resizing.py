@@ -1,9 +1,9 @@
 """Numbers that a recording lost, found again by recording at other sizes.
 
-``len(x)``, ``int(x.shape[1] / 2)`` and ``math.sqrt(x.shape[1])`` hand out plain numbers,
-so that the graph holds what they were on the example. Recorded again on larger inputs, a
-number that depends on a size shows another value; the node that has the same values in
-every recording is what it came from.
+``len(x)``, ``int(x.shape[1] / 2)`` and ``math.sqrt(x.shape[1])`` hand out plain
+numbers, so that the graph holds what they were on the example. Recorded again on larger
+inputs, a number that depends on a size shows another value; the node that has the same
+values in every recording is what it came from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,14 +70,15 @@ def at_other_sizes(
     if _Restorer(recorded, [one]).lost():
         # One change at a time tells sizes apart that the first recording doubled alike.
         others = [again(_more_samples), again(_longer), one]
-        restorer = _Restorer(recorded, [o for o in others if _alike(recorded, o)])
+        alike = [o for o in others if o is not None and _alike(recorded, o)]
+        restorer = _Restorer(recorded, alike)
         restorer.run()
         return restorer.missed
     return []
 
 
-def _alike(recorded: Trace, other: Trace | None) -> TypeGuard[Trace]:
-    return other is not None and _first_parting(recorded.graph, other.graph) is None
+def _alike(recorded: Trace, other: Trace) -> bool:
+    return _first_parting(recorded.graph, other.graph) is None
 
 
 def _first_parting(first: Graph, second: Graph) -> Node | None:
@@ -100,15 +101,17 @@ def _matched(first: Graph, second: Graph) -> dict[Node, Node]:
 class _Restorer:
     def __init__(self, recorded: Trace, others: list[Trace]) -> None:
         self.graph = recorded.graph
-        self.pairs = pairs = [_matched(recorded.graph, o.graph) for o in others]
+        self.pairs = [_matched(recorded.graph, o.graph) for o in others]
         self.reader = next(iter(self.graph.nodes))
         self.missed: list[Specialization] = []
         # Values over all recordings -> the first node that has them.
         self.sources: dict[tuple[Any, ...], Node] = {}
+        numbers = [other.numbers for other in others]
+        sides = list(zip(numbers, self.pairs, strict=True))
         self.values = {
-            node: (value, *(o.numbers[p[node]] for o, p in zip(others, pairs)))
+            node: (value, *(known[pairs[node]] for known, pairs in sides))
             for node, value in recorded.numbers.items()
-            if all(p.get(node) in o.numbers for o, p in zip(others, pairs))
+            if all(pairs.get(node) in known for known, pairs in sides)
         }
 
     def run(self) -> None:

@@ -92,9 +92,9 @@ def self_check(
         where = first_difference(model, captured, one.inputs, one.training)
         if one.same_size:
             raise CaptureError(
-                f"the captured graph {cause} in {mode}{where}. The model's control flow "
-                "depends on data in a way that one graph cannot hold; move that part "
-                "into a module without children, or capture a sub-module"
+                f"the captured graph {cause} in {mode}{where}. The model's control "
+                "flow depends on data in a way that one graph cannot hold; move that "
+                "part into a module without children, or capture a sub-module"
             )
         warnings.warn(
             f"the captured graph holds for the size of the example only: on another "

@@ -1,11 +1,13 @@
 """Run a model while a `Recorder` watches, and decide what stays a module."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import inspect
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
 from unittest import mock
@@ -14,17 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
-from torch.fx.node import map_aggregate
 
+from gdnsq_fx.capture.entry import Entry
 from gdnsq_fx.capture.helpers import AppliedFunction, add_helper
-from gdnsq_fx.capture.leaves import is_bare, stays_whole
-from gdnsq_fx.capture.recorder import (
-    Mark,
-    NeedsRealValues,
-    Recorder,
-    Specialization,
-)
-from gdnsq_fx.capture.scalars import plain, traced
+from gdnsq_fx.capture.leaves import is_bare, is_like_input, stays_whole
+from gdnsq_fx.capture.ledger import Mark, NeedsRealValues
+from gdnsq_fx.capture.recorder import Recorder, Specialization
+from gdnsq_fx.capture.scalars import plain
 from gdnsq_fx.capture.values import Untraceable
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import preserved_state
@@ -90,7 +88,7 @@ def trace(
         try:
             return tracer.run(args, kwargs)
         except Exception:
-            if not tracer.recorder.needs_real:
+            if not tracer.recorder.ledger.needs_real:
                 raise
     return _Tracer(model, Recorder(model, None, constants), table).run(args, kwargs)
 
@@ -116,84 +114,25 @@ class _Tracer:
             stack.enter_context(torch.enable_grad())
             if recorder.fake is not None:
                 stack.enter_context(recorder.fake)
-            args, kwargs = self._inputs(args, kwargs)
+            entry = Entry(recorder)
+            args, kwargs = entry.bind(self.root.forward, args, kwargs)
             stack.enter_context(self._watched())
             stack.enter_context(recorder)
             output = self.root(*args, **kwargs)
             self._write_back_buffers()
-            if recorder.needs_real:
+            if recorder.ledger.needs_real:
                 raise NeedsRealValues
             graph = recorder.finish(output)
-        _follow_device(graph, recorder)
+        entry.follow_device(graph)
         return Trace(
             graph,
             tuple(dict.fromkeys(recorder.specialized)),
             self.opaque,
-            recorder.constants,
+            recorder.ledger.constants,
             recorder.fake is None,
-            {node: plain(value) for node, value in recorder.numbers.items()},
-            recorder.disposable,
+            {node: plain(value) for node, value in recorder.ledger.numbers.items()},
+            recorder.ledger.disposable,
         )
-
-    # --- inputs ------------------------------------------------------------------
-
-    def _inputs(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A placeholder for each argument, and values that the recorder knows."""
-        signature = inspect.signature(self.root.forward)
-        bound = signature.bind(*args, **kwargs)
-        for name, given in list(bound.arguments.items()):
-            kind = signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_POSITIONAL:
-                values = tuple(
-                    self._input(f"{name}_{i}", v) for i, v in enumerate(given)
-                )
-            elif kind is inspect.Parameter.VAR_KEYWORD:
-                values = {key: self._input(key, v) for key, v in given.items()}
-            else:
-                values = self._input(name, given)
-            bound.arguments[name] = values
-        return bound.args, bound.kwargs
-
-    def _input(self, name: str, value: Any) -> Any:
-        return self._known(value, self.recorder.placeholder(name))
-
-    def _known(self, value: Any, node: Node) -> Any:
-        """A twin of an input, each tensor of which stands for its node."""
-        recorder = self.recorder
-        if isinstance(value, Tensor):
-            twin = value.detach().clone()
-            if recorder.fake is not None:
-                twin = recorder.fake.from_tensor(twin)
-            recorder.anchor = recorder.anchor or (twin, node)
-            return recorder.track(twin, node, {})
-        if isinstance(value, tuple | list):
-            items = [
-                self._known(v, recorder.part(node, i)) for i, v in enumerate(value)
-            ]
-            if hasattr(value, "_make"):
-                return cast(Any, type(value))._make(items)
-            return cast(Any, type(value))(items)
-        if isinstance(value, dict):
-            entries = cast(dict[Any, Any], value).items()
-            return cast(Any, type(value))(
-                {key: self._known(v, recorder.part(node, key)) for key, v in entries}
-            )
-        if is_dataclass(value) and not isinstance(value, type):
-            parts = {
-                f.name: self._known(
-                    getattr(value, f.name), recorder.field(node, f.name)
-                )
-                for f in fields(value)
-                if f.init
-            }
-            return replace(value, **parts)
-        if value is not None and not isinstance(value, int | float):
-            recorder.specialize("argument", f"{node.name} = {value!r}")
-        if isinstance(value, bool):
-            recorder.specialize("argument", f"{node.name} = {value}")
-        return traced(value, node, recorder)
 
     # --- modules -----------------------------------------------------------------
 
@@ -220,12 +159,12 @@ class _Tracer:
         path = self.paths.get(id(module))
         if self.recorder.hidden or path is None:  # within a leaf, or made in forward
             return self.call_module(module, *args, **kwargs)
-        scopes = self.recorder.scopes
+        scopes = self.recorder.ledger.scopes
         key = path
         while key in scopes:
             key += "'"
         scopes[key] = path, type(module)
-        mark = self.recorder.mark()
+        mark = self.recorder.ledger.mark()
         try:
             return self._entered(module, path, mark, args, kwargs)
         finally:
@@ -241,11 +180,11 @@ class _Tracer:
     ) -> Any:
         if stays_whole(module) and path:
             return self._whole(module, path, args, kwargs)
-        before = self.recorder.versions((args, kwargs))
+        before = self.recorder.ledger.versions((args, kwargs))
         try:
             output = self.call_module(module, *args, **kwargs)
         except Exception as error:
-            if not path or self.recorder.needs_real:
+            if not path or self.recorder.ledger.needs_real:
                 raise
             return self._opaque(module, path, mark, args, kwargs, error)
         if path and is_bare(module) and self._can_close(mark, output):
@@ -261,20 +200,22 @@ class _Tracer:
     ) -> Any:
         """The call of a module as one node."""
         recorder = self.recorder
-        before = recorder.versions((args, kwargs))
+        before = recorder.ledger.versions((args, kwargs))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             return self.call_module(module, *args, **kwargs)
 
+        if recorder.fake is not None and is_like_input(module) and len(args) == 1:
+            run = torch.empty_like
         output = recorder.compute(run, args, kwargs)
-        node = recorder.call_node("call_module", path, args, kwargs)
-        return recorder.track(output, node, before)
+        node = recorder.ledger.call_node("call_module", path, args, kwargs)
+        return recorder.ledger.track(output, node, before)
 
     def _can_close(self, mark: Mark, output: Any) -> bool:
-        """Whether what a bare module did may be one node: nothing to quantize inside."""
+        """Whether a bare module may be one node: there is nothing to quantize in it."""
         if not _is_tensors(output):
             return False
-        for node in self.recorder.nodes_since(mark):
+        for node in self.recorder.ledger.nodes_since(mark):
             op = None if node.op == "call_module" else self.table.find(node, self.root)
             if op is not None and op.is_compute:
                 return False
@@ -290,12 +231,12 @@ class _Tracer:
         before: dict[int, int],
     ) -> Any:
         try:
-            self.recorder.argument((args, kwargs))
+            self.recorder.ledger.argument((args, kwargs))
         except Untraceable:
             return output
-        self.recorder.undo(mark)
-        node = self.recorder.call_node("call_module", path, args, kwargs)
-        return self.recorder.track(output, node, before)
+        self.recorder.ledger.undo(mark)
+        node = self.recorder.ledger.call_node("call_module", path, args, kwargs)
+        return self.recorder.ledger.track(output, node, before)
 
     def _opaque(
         self,
@@ -307,7 +248,7 @@ class _Tracer:
         error: Exception,
     ) -> Any:
         """What cannot be looked into stays a module, with the reason."""
-        self.recorder.undo(mark)
+        self.recorder.ledger.undo(mark)
         try:
             output = self._whole(module, path, args, kwargs)
         except Untraceable as why:
@@ -322,7 +263,7 @@ class _Tracer:
         if self.recorder.hidden:
             return self.apply.__get__(None, function)(*args, **kwargs)
         recorder = self.recorder
-        before = recorder.versions((args, kwargs))
+        before = recorder.ledger.versions((args, kwargs))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             return self.apply.__get__(None, function)(*args, **kwargs)
@@ -330,8 +271,8 @@ class _Tracer:
         output = recorder.compute(run, args, kwargs)
         name = f"{function.__module__}.{function.__qualname__}"
         helper = add_helper(self.root, name, AppliedFunction(function))
-        node = recorder.call_node("call_module", helper, args, kwargs)
-        return recorder.track(output, node, before)
+        node = recorder.ledger.call_node("call_module", helper, args, kwargs)
+        return recorder.ledger.track(output, node, before)
 
     # --- buffers -----------------------------------------------------------------
 
@@ -340,9 +281,13 @@ class _Tracer:
         for path, module in self.root.named_modules():
             for name, value in module._buffers.items():
                 full = f"{path}.{name}" if path else name
-                if value is not self.buffers.get(full) and self.recorder.knows(value):
-                    get = self.recorder.attribute(full)
-                    self.recorder.call_node("call_method", "copy_", (get, value), {})
+                if value is not self.buffers.get(full) and self.recorder.ledger.knows(
+                    value
+                ):
+                    get = self.recorder.ledger.attribute(full)
+                    self.recorder.ledger.call_node(
+                        "call_method", "copy_", (get, value), {}
+                    )
 
 
 def _is_tensors(output: Any) -> bool:
@@ -350,27 +295,3 @@ def _is_tensors(output: Any) -> bool:
         items = cast(tuple[Any, ...], output)
         return type(output) in (tuple, list) and all(map(_is_tensors, items))
     return isinstance(output, Tensor)
-
-
-def _follow_device(graph: Graph, recorder: Recorder) -> None:
-    """Devices that the model asked of its tensors follow the input from now on."""
-    anchor = recorder.anchor
-    if anchor is None:
-        return
-    value, node = anchor
-    with graph.inserting_after(list(graph.find_nodes(op="placeholder"))[-1]):
-        device = graph.call_function(getattr, (node, "device"))
-    if node.op != "placeholder":
-        device.prepend(node)
-    for other in list(graph.nodes):
-        if other is device:
-            continue
-
-        def follow(argument: Any) -> Any:
-            same = isinstance(argument, torch.device) and argument == value.device
-            return device if same else argument
-
-        other.args = map_aggregate(other.args, follow)
-        other.kwargs = map_aggregate(other.kwargs, follow)
-    if not device.users:
-        graph.erase_node(device)

@@ -1,5 +1,7 @@
 """Nested values of a model as graph arguments, and back."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -73,7 +75,8 @@ def map_argument(
     if isinstance(value, range):
         return list(value)
     if hasattr(value, "item") and type(value).__module__ == "numpy":
-        return value.item() if getattr(value, "ndim", 1) == 0 else _refuse(value)
+        number: Any = value
+        return number.item() if getattr(value, "ndim", 1) == 0 else _refuse(value)
     if isinstance(value, type) and "<" not in value.__qualname__:
         place = value.__module__, value.__qualname__
         return call("call_function", named_type, place, {})
