@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from gdnsq_fx.capture.pickled import PickledByNodes
 from gdnsq_fx.capture.recorder import Specialization
 from gdnsq_fx.state import preserved_modes
 
@@ -40,7 +41,7 @@ class CaptureFacts:
     )
 
 
-class CapturedModule(GraphModule):
+class CapturedModule(PickledByNodes):
     """`torch.fx.GraphModule` over the model's own module tree.
 
     Torch's class copies only what the graph refers to, at construction and again at
@@ -48,10 +49,10 @@ class CapturedModule(GraphModule):
     tree: an original checkpoint loads, and fine-tuned weights load back.
     """
 
+    kept_meta = (_KEY,)
+
     def __init__(self, root: nn.Module, graph: Graph, class_name: str = "") -> None:
         super().__init__(root, graph, class_name or type(root).__name__)
-        # Unpickling would trace anew with this class, which wants an example input.
-        self._tracer_cls = None
         _adopt(self, root)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from gdnsq_fx.capture.alignment import aligned, scope_of
 from gdnsq_fx.capture.helpers import ByMode, InMode, add_helper
+from gdnsq_fx.capture.pickled import PickledByNodes
 
 
 def merged(root: nn.Module, evaluation: Graph, training: Graph) -> Graph:
@@ -123,7 +124,7 @@ class _Merger:
         path = os.path.commonpath(["/" + scope_of(n).replace(".", "/") for n in nodes])
         scope = path.strip("/").replace("/", ".")
         module = InMode(
-            self._scope(scope), GraphModule(self.root, body), mode, len(outputs)
+            self._scope(scope), PickledByNodes(self.root, body), mode, len(outputs)
         )
         name = f"{'training' if mode else 'evaluation'}_only_{self.count}"
         self.count += 1
