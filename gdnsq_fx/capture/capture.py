@@ -32,7 +32,7 @@ def capture(
     """Record what a model computes, in evaluation and in training, as one graph.
 
     Args:
-        model: any module, left untouched; a GraphModule is taken as it is.
+        model: any module, left untouched; a plain GraphModule is taken as it is.
         args, kwargs: an example input. Arguments of ``forward`` that it leaves out are
             fixed to their defaults.
         table: operations that must stay visible (see `tracing.trace`).
@@ -46,7 +46,7 @@ def capture(
             does not compute what the model computes.
     """
     model = _shell_of(model) if inplace else _copied(model)
-    if isinstance(model, GraphModule):
+    if isinstance(model, GraphModule) and _has_one_graph(model):
         return CapturedModule(model, model.graph)
     # The first run also builds what a model builds on its first call.
     seen = observe(model, args, kwargs)
@@ -54,6 +54,12 @@ def capture(
     captured = _built(model, graph, facts)
     self_check(seen, model, captured)
     return captured
+
+
+def _has_one_graph(model: GraphModule) -> bool:
+    """Not so in a class of somebody's own, which may change graphs in ``train()``."""
+    # The class of an instance is made for it alone; the one above is what it is.
+    return type(model).__mro__[1] in (GraphModule, CapturedModule)
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -96,8 +96,9 @@ def self_check(
                 "flow depends on data in a way that one graph cannot hold; move that "
                 "part into a module without children, or capture a sub-module"
             )
+        fixed = "data and the size" if captured.facts.real else "size"
         warnings.warn(
-            f"the captured graph holds for the size of the example only: on another "
+            f"the captured graph holds for the {fixed} of the example only: on another "
             f"batch it {cause} in {mode}{where}. {_specializations(captured)}",
             CaptureWarning,
             stacklevel=2,

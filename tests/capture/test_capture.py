@@ -223,11 +223,31 @@ def test_a_model_without_parameters() -> None:
     assert torch.equal(captured(_X), _X.relu())
 
 
-def test_a_model_that_cannot_be_copied_is_a_capture_error() -> None:
-    """Torch's old weight_norm: the weight is no leaf, and deepcopy refuses it."""
+def test_a_weight_that_is_no_leaf() -> None:
+    """Torch's old weight_norm: deepcopy alone would refuse the model."""
     with pytest.warns(FutureWarning):
         model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
-    _check_captured_or_refused(model, (_X,), {})
+    captured = capture(model, (_X,), {})
+    torch.testing.assert_close(captured(_X), model(_X))
+    assert list(captured.state_dict()) == list(model.state_dict())
+
+
+class _NoCopy(_Linear):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise TypeError("there can be only one")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def test_a_model_that_cannot_be_copied_is_captured_in_place() -> None:
+    model = _NoCopy()
+    with pytest.raises(CaptureError, match=r"only one\. Pass inplace=True"):
+        capture(model, (_X,), {})
+    captured = capture(model, (_X,), {}, inplace=True)
+    assert captured.get_parameter("fc.weight") is model.fc.weight
+    assert set(vars(model)["_modules"]) == {"fc"}
+    torch.testing.assert_close(captured(_X), model(_X))
 
 
 def test_state_that_is_replaced_in_forward_is_left_as_it_was() -> None:
@@ -285,13 +305,26 @@ class _Size(_Linear):
 
 
 @pytest.mark.parametrize("cls", [_Branch, _Size])
-def test_control_flow_that_depends_on_data_names_cause_and_remedy(cls: Any) -> None:
+def test_control_flow_that_depends_on_data_goes_as_on_the_example(cls: Any) -> None:
+    model, x = cls(), torch.full((4, 4), 0.2)
+    captured = capture(model, (x,), {})
+    torch.testing.assert_close(captured(x), model(x))
+    facts = captured.facts
+    assert facts.real
+    assert any(s.source.startswith("test_capture.py:") for s in facts.specialized)
+
+
+class _Iterator(_Linear):
+    def forward(self, x: Tensor) -> Any:
+        return iter([self.fc(x)])
+
+
+def test_a_model_that_no_graph_holds_names_cause_and_remedy() -> None:
     with pytest.raises(CaptureError) as caught:
-        capture(cls(), (_X,), {})
+        capture(_Iterator(), (_X,), {})
     message = str(caught.value)
-    assert message.startswith(f"{cls.__name__} cannot be traced")
-    assert "test_capture.py:" in message
-    assert "control flow depends on tensor values" in message
+    assert message.startswith("_Iterator cannot be captured: ")
+    assert "list_iterator" in message and "return tensors in tuples" in message
 
 
 def test_a_model_that_fails_on_the_example() -> None:
@@ -302,7 +335,7 @@ def test_a_model_that_fails_on_the_example() -> None:
 
 
 def test_a_failed_capture_leaves_the_model_untouched() -> None:
-    model = nn.Sequential(_Norm(), _Branch()).train()
+    model = nn.Sequential(_Norm(), _Iterator()).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(CaptureError):
         capture(model, (_X,), {})

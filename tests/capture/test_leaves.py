@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
 from gdnsq_fx.capture.capture import capture
-from gdnsq_fx.capture.leaves import stays_whole
+from gdnsq_fx.capture.leaves import is_bare, stays_whole
 
 
 class _NormRelu(nn.BatchNorm2d):
@@ -40,22 +40,25 @@ class _Noise(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "by_default", "whole"),
+    ("module", "whole", "bare"),
     [
-        (nn.BatchNorm1d(2), True, True),
-        (nn.SyncBatchNorm(2), True, True),
-        (_NormRelu(2), False, True),
+        (nn.BatchNorm1d(2), True, False),
+        (nn.SyncBatchNorm(2), True, False),
+        (_NormRelu(2), True, False),
         (nn.Dropout(), True, True),
         (StochasticDepth(0.5, "row"), False, True),
         (_Noise(), False, True),
-        (nn.Linear(2, 2), True, True),
+        (nn.Linear(2, 2), True, False),
+        (nn.MultiheadAttention(2, 1), False, False),
+        (nn.LSTM(2, 2), False, False),
         (_Scale(), False, False),
         (nn.Sequential(nn.ReLU()), False, False),
         (Conv2dNormActivation(2, 2), False, False),
     ],
 )
-def test_leaf_rule(module: nn.Module, by_default: bool, whole: bool) -> None:
-    assert stays_whole(module, by_default) is whole
+def test_leaf_rule(module: nn.Module, whole: bool, bare: bool) -> None:
+    assert stays_whole(module) is whole
+    assert is_bare(module) is bare
 
 
 def test_leaves_in_a_graph_follow_train_and_eval() -> None:

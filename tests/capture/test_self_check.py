@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gdnsq_fx.capture.capture import capture
 from gdnsq_fx.capture.captured import CapturedModule
-from gdnsq_fx.capture.self_check import self_check
-from gdnsq_fx.errors import CaptureError
+from gdnsq_fx.capture.self_check import observe, self_check
+from gdnsq_fx.errors import CaptureError, CaptureWarning
 from gdnsq_fx.state import preserved_state
 
 _X = torch.randn(4, 4)
@@ -44,13 +44,13 @@ _PATHS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("case", _PATHS)
-def test_train_and_eval_that_differ_are_caught(case: str, training: bool) -> None:
+def test_train_and_eval_that_differ_are_one_graph(case: str, training: bool) -> None:
     model = _Switch(*_PATHS[case]).train(training)
-    with pytest.raises(CaptureError) as caught:
-        capture(model, (_X,), {})
-    assert f"in {'evaluation' if training else 'training'}" in str(caught.value)
-    assert "train()/eval()" in str(caught.value)
-    assert model.training is training
+    captured = capture(model, (_X,), {})
+    assert model.training is training and captured.training is training
+    for mode in (True, False, True):
+        wanted, got = model.train(mode)(_X), captured.train(mode)(_X)
+        torch.testing.assert_close(got, wanted)
 
 
 class _Linear(nn.Module):
@@ -71,11 +71,43 @@ class _AnyRows(_Linear):
         return self.fc(x)
 
 
-def test_a_batch_twice_as_large_is_compared() -> None:
-    graph = capture(_Rows(), (_X,), {}).graph  # eager refuses it as well: no error
+def test_another_batch_is_compared_and_is_a_warning() -> None:
+    graph = capture(_Rows(), (_X,), {}).graph  # eager refuses it as well: no warning
     model = _AnyRows()
-    with pytest.raises(CaptureError, match=r"graph fails in evaluation.*shape"):
-        self_check(model, CapturedModule(model, graph), (_X,), {})
+    seen = observe(model, (_X,), {})
+    with pytest.warns(CaptureWarning, match=r"on another batch it fails.*shape"):
+        self_check(seen, model, CapturedModule(model, graph))
+
+
+class _Twice(_Linear):
+    """Two layers, of which a wrong graph may leave one out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.fc(2.0 * x))
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_a_wrong_graph_is_an_error_that_names_the_first_node(mode: bool) -> None:
+    model = _Twice().train(mode)
+    captured = capture(model, (_X,), {}, inplace=True)
+    factor = next(n for n in captured.graph.nodes if n.op == "call_function")
+    factor.args = (factor.args[0], 3.0)
+    captured.recompile()
+    with pytest.raises(CaptureError, match=r"other values.*first at fc \(.*\.py:\d+\)"):
+        self_check(observe(model, (_X,), {}), model, captured)
+
+
+def test_a_graph_that_fails_is_an_error() -> None:
+    model = _Twice()
+    captured = capture(model, (_X,), {})
+    next(n for n in captured.graph.nodes if n.name == "act").target = "fc.weight"
+    captured.recompile()
+    with pytest.raises(CaptureError, match="the captured graph fails"):
+        self_check(observe(model, (_X,), {}), model, captured)
 
 
 def test_outputs_that_are_not_finite_are_compared_too() -> None:
@@ -101,23 +133,24 @@ class _Answer:
     hidden: Tensor
 
 
-class _Dataclass(_Linear):
-    def forward(self, x: Tensor) -> _Answer:
-        y = self.fc(x)
-        return _Answer(logits=y, hidden=2.0 * y if self.training else y)
-
-
 class _PlainDataclass(_Linear):
     def forward(self, x: Tensor) -> _Answer:
         y = self.fc(x)
         return _Answer(logits=y, hidden=2.0 * y)
 
 
+class _OtherHidden(_PlainDataclass):
+    def forward(self, x: Tensor) -> _Answer:
+        y = self.fc(x)
+        return _Answer(logits=y, hidden=y)
+
+
 def test_dataclasses_are_compared_field_by_field() -> None:
     captured = capture(_PlainDataclass(), (_X,), {})
     assert isinstance(captured(_X), _Answer)
-    with pytest.raises(CaptureError, match="differs from the model"):
-        capture(_Dataclass(), (_X,), {})
+    model = _OtherHidden()
+    with pytest.raises(CaptureError, match="returns other values"):
+        self_check(observe(model, (_X,), {}), model, captured)
 
 
 def test_preserved_state_restores_buffers_modes_and_random_state() -> None:
