@@ -14,6 +14,7 @@ from gdnsq_fx.analysis.cuts import MinimumCut
 from gdnsq_fx.analysis.edge_report import EdgeReport
 from gdnsq_fx.analysis.report import CapacityReport
 from gdnsq_fx.api import analyze, convert, load, prepare, save
+from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.errors import (
     BatchStructureError,
     BudgetError,
@@ -25,11 +26,16 @@ from gdnsq_fx.errors import (
     GdnsqError,
     MissingExtraError,
     NothingToQuantizeError,
+    NotQuantizedError,
     PassError,
     PatternError,
     TrainingDivergedError,
 )
 from gdnsq_fx.inputs import InputStructure
+from gdnsq_fx.operands import Call, Stored
+from gdnsq_fx.operation import operation
+from gdnsq_fx.opinfo import OpInfo, OpTable
+from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
 from gdnsq_fx.training.finetune import FinetuneResult, finetune
@@ -40,11 +46,14 @@ from gdnsq_fx.training.schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_TABLE",
     "BatchStructureError",
     "BudgetError",
     "CalibrationError",
+    "Call",
     "CapacityReport",
     "CaptureError",
+    "ChannelLayout",
     "ConfigError",
     "Coverage",
     "DeviceMismatchError",
@@ -55,7 +64,10 @@ __all__ = [
     "InputStructure",
     "MinimumCut",
     "MissingExtraError",
+    "NotQuantizedError",
     "NothingToQuantizeError",
+    "OpInfo",
+    "OpTable",
     "Override",
     "PassError",
     "PatternError",
@@ -64,6 +76,7 @@ __all__ = [
     "Schedule",
     "Skip",
     "StepRecord",
+    "Stored",
     "Totals",
     "TrainingDivergedError",
     "analyze",
@@ -71,6 +84,7 @@ __all__ = [
     "distillation_loss",
     "finetune",
     "load",
+    "operation",
     "prepare",
     "quantization_disabled",
     "save",

@@ -60,22 +60,30 @@ class NodeFacts:
         layer: name of the layer it stands for, such as ``layer1.0.conv1``.
         shape: shape of its value on the example input, None before propagation or
             where the value is not a tensor.
+        shapes: of all tensors in its value.
         dtype: of its value; None as for ``shape``.
+        number: its value on the example where that is a whole number; else None.
         batch: size of the batch that ``shape`` was taken with.
         elements: tensor elements per sample in the value, 0 where it holds no tensor.
         macs: MACs per sample; 0 where it does not multiply and accumulate.
+        inner_macs: those of them with an operand that no edge of the graph holds.
         skip: why it was not quantized, None where it was or need not be.
+        asked: the configuration asked to skip it.
         edge: measurements, on quantizer nodes only.
     """
 
     op: OpInfo | None = None
     layer: str = ""
     shape: tuple[int, ...] | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
     dtype: torch.dtype | None = None
+    number: int | None = None
     batch: int = 1
     elements: int = 0
     macs: int = 0
+    inner_macs: int = 0
     skip: str | None = None
+    asked: bool = False
     edge: EdgeFacts | None = None
 
 
@@ -124,7 +132,7 @@ def annotate(node: Node, **changes: Any) -> None:
 def shape_facts(node: Node) -> dict[str, Any]:
     """The facts that a node which passes its input's shape on has in common with it."""
     found = facts(node)
-    shared = ("shape", "dtype", "batch", "elements")
+    shared = ("shape", "shapes", "dtype", "batch", "elements")
     return {name: getattr(found, name) for name in shared}
 
 

@@ -16,8 +16,16 @@ from gdnsq_fx.analysis.report import CapacityReport, build_report
 from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
 from gdnsq_fx.capture.capture import capture
 from gdnsq_fx.deploy import checkpoint
-from gdnsq_fx.errors import ConfigError, NothingToQuantizeError, PassError, PatternError
+from gdnsq_fx.errors import (
+    ConfigError,
+    NothingToQuantizeError,
+    NotQuantizedError,
+    PassError,
+    PatternError,
+)
 from gdnsq_fx.inputs import ExampleInput, InputStructure, check_device
+from gdnsq_fx.opinfo import OpTable
+from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.passes import (
     AnalyzeCapacity,
     AnnotateOperations,
@@ -42,6 +50,7 @@ def prepare(
     calibration: Iterable[Any] | None = None,
     *,
     fold_batch_norm: bool = False,
+    table: OpTable = DEFAULT_TABLE,
 ) -> GraphModule:
     """Capture a model and insert calibrated, learnable quantizers.
 
@@ -52,6 +61,7 @@ def prepare(
         calibration: batches that place the levels, alone or followed by targets;
             without them the example input does, with a warning.
         fold_batch_norm: fold BatchNorm into the layers before it (evaluation only).
+        table: the op table; ``DEFAULT_TABLE.with_rows(OpInfo(...))`` adds operations.
 
     Returns:
         A GraphModule in the model's mode whose ``state_dict()`` holds every key of the
@@ -59,12 +69,13 @@ def prepare(
 
     Raises:
         CaptureError, ConfigError, PatternError, NothingToQuantizeError,
-        CalibrationError, BatchStructureError, DeviceMismatchError: as they say.
+        NotQuantizedError, CalibrationError, BatchStructureError, DeviceMismatchError:
+            as they say.
         PassError: the model is prepared already, or BatchNorm is to be folded while
             the model is in training.
     """
     config = _checked_config(config)
-    if isinstance(model, GraphModule) and KEY in model.meta:
+    if isinstance(model, GraphModule) and KEY in getattr(model, "meta", {}):
         raise PassError(
             "the model was prepared or converted before; prepare the original model"
         )
@@ -77,10 +88,9 @@ def prepare(
             stacklevel=2,
         )
     facts = ModelFacts(config, inputs, fold_batch_norm)
-    captured = _captured(model, example_input, facts)
-    return run_passes(
-        captured, (*_insertion(example_input, facts), Calibrate(calibration, inputs))
-    )
+    captured = _captured(model, example_input, facts, table)
+    insertion = _insertion(example_input, facts, table)
+    return run_passes(captured, (*insertion, Calibrate(calibration, inputs)))
 
 
 def analyze(
@@ -141,14 +151,18 @@ def save(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
 
 
 def load(
-    path: str | os.PathLike[str], model: nn.Module, example_input: ExampleInput
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    example_input: ExampleInput,
+    *,
+    table: OpTable = DEFAULT_TABLE,
 ) -> GraphModule:
     """Read a converted model back; nothing is unpickled.
 
     Args:
         path: a file that `save` wrote.
         model: an instance of the original class, with any weights; left untouched.
-        example_input: as for `prepare`.
+        example_input, table: as for `prepare`.
 
     Returns:
         The converted model, in evaluation mode.
@@ -161,10 +175,10 @@ def load(
     facts = ModelFacts(
         contents.config, InputStructure.of(example_input), contents.folded
     )
-    captured = _captured(model, example_input, facts).eval()
+    captured = _captured(model, example_input, facts, table).eval()
     try:
-        skeleton = run_passes(captured, _insertion(example_input, facts))
-    except (NothingToQuantizeError, PatternError) as error:
+        skeleton = run_passes(captured, _insertion(example_input, facts, table))
+    except (NothingToQuantizeError, NotQuantizedError, PatternError) as error:
         raise checkpoint.other_model(contents, str(error)) from error
     checkpoint.place_levels(skeleton, contents)
     return checkpoint.fill(convert(skeleton), contents)
@@ -182,22 +196,24 @@ def _checked_config(config: object) -> QuantConfig:
 
 
 def _captured(
-    model: nn.Module, example_input: ExampleInput, facts: ModelFacts
+    model: nn.Module, example_input: ExampleInput, facts: ModelFacts, table: OpTable
 ) -> GraphModule:
     """The graph of a copy of the model, with its facts."""
     args, kwargs = facts.inputs.args_kwargs(example_input)
     check_device(model, args, kwargs)
-    captured = capture(model, args, kwargs)
+    captured = capture(model, args, kwargs, table)
     captured.meta[KEY] = facts
     return captured
 
 
-def _insertion(example_input: ExampleInput, facts: ModelFacts) -> tuple[Pass, ...]:
+def _insertion(
+    example_input: ExampleInput, facts: ModelFacts, table: OpTable
+) -> tuple[Pass, ...]:
     """The passes from a captured graph to one with quantizers."""
     args, kwargs = facts.inputs.args_kwargs(example_input)
     return (
-        AnnotateOperations(),
-        ExposeWeights(),
+        AnnotateOperations(table),
+        ExposeWeights(table),
         PropagateShapes(args, kwargs),
         *((FoldBatchNorm(),) if facts.folded else ()),
         InsertQuantizers(facts.config),

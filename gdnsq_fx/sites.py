@@ -1,4 +1,4 @@
-"""Where the quantizers of a graph stand: one `Site` for each quantizer node."""
+"""Where the quantizers of a graph stand: one `Site` for each quantizer."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ from typing import Generic, TypeVar
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from gdnsq_fx.annotations import facts
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
-from gdnsq_fx.state import in_evaluation
+from gdnsq_fx.stored import stored_value
 
 Q = TypeVar("Q", bound=Quantizer)
 
 
 @dataclass(frozen=True)
 class Site(Generic[Q]):
-    """A quantizer node and its module."""
+    """A quantizer module and the nodes that call it.
 
-    node: Node
+    Attributes:
+        nodes: in graph order; more than one where tensors share a grid.
+        quantizer: their module.
+    """
+
+    nodes: tuple[Node, ...]
     quantizer: Q
+
+    @property
+    def node(self) -> Node:
+        """The first of its nodes."""
+        return self.nodes[0]
 
     @property
     def edge(self) -> str:
@@ -35,7 +46,7 @@ class WeightSite(Site[WeightQuantizer]):
     owner: GraphModule
 
     def weight(self) -> Tensor:
-        """The weight as it is now (with its graph where it is parametrized)."""
+        """The weight as it is now (with its graph where it is computed)."""
         source = self.node.args[0]
         assert isinstance(source, Node)
         return stored_value(self.owner, source)
@@ -46,27 +57,19 @@ class ActivationSite(Site[ActivationQuantizer]):
     """An activation quantizer."""
 
 
-def stored_value(owner: GraphModule, node: Node) -> Tensor:
-    """The tensor behind a ``get_attr`` node or the call of a parametrization."""
-    if node.op == "call_module":
-        module = owner.get_submodule(str(node.target))
-        with in_evaluation(module):  # a look must not move its buffers (spectral norm)
-            return module()
-    prefix, _, name = str(node.target).rpartition(".")
-    return getattr(owner.get_submodule(prefix), name)
-
-
 def sites(graph_module: GraphModule) -> list[WeightSite | ActivationSite]:
-    """All quantizers in graph order."""
-    found: list[WeightSite | ActivationSite] = []
-    for node in graph_module.graph.nodes:
-        if node.op != "call_module":
-            continue
+    """All quantizers in graph order, each once."""
+    nodes: dict[Quantizer, list[Node]] = {}
+    for node in graph_module.graph.find_nodes(op="call_module"):
         module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, Quantizer):
+            nodes.setdefault(module, []).append(node)
+    found: list[WeightSite | ActivationSite] = []
+    for module, calls in nodes.items():
         if isinstance(module, WeightQuantizer):
-            found.append(WeightSite(node, module, graph_module))
+            found.append(WeightSite(tuple(calls), module, graph_module))
         elif isinstance(module, ActivationQuantizer):
-            found.append(ActivationSite(node, module))
+            found.append(ActivationSite(tuple(calls), module))
     return found
 
 
@@ -93,6 +96,25 @@ def hard_bits(graph_module: GraphModule) -> dict[str, int]:
 def bit_width(levels: int) -> int:
     """Whole bits that hold a number of levels; at least 1."""
     return max((levels - 1).bit_length(), 1)
+
+
+def quantizer_behind(graph_module: GraphModule, value: object) -> Quantizer | None:
+    """The quantizer on whose levels a value lies, None where it is floating point.
+
+    Views keep the levels, and so do tensors of one grid put side by side.
+    """
+    if not isinstance(value, Node):
+        return None
+    if value.op == "call_module":
+        module = graph_module.get_submodule(str(value.target))
+        if isinstance(module, Quantizer):
+            return module
+    op = facts(value).op
+    if op is None or op.kind not in ("view", "concat"):
+        return None
+    operands = op.operands(op.bind(value))
+    found = {quantizer_behind(graph_module, operand.value) for operand in operands}
+    return found.pop() if len(found) == 1 else None
 
 
 def require_quantizers(graph_module: GraphModule, what: str) -> None:

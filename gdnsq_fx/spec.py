@@ -11,6 +11,7 @@ from gdnsq_fx.errors import ConfigError, PatternError
 
 Estimator = Literal["ste", "lsq", "ewgs", "aewgs"]
 Offset = Literal["free", "half_step", "integer"]
+Scope = Literal["compute", "full"]
 
 MIN_BITS, MAX_BITS = 1, 16
 OPERATION_PREFIX = "op:"
@@ -83,6 +84,30 @@ class QuantConfig:
         exclude: layers to leave in floating point; stronger than ``include``.
         overrides: pattern -> `Override` (or a dict of its fields); later ones win, and
             they win over ``first_last``.
+        scope: which tensors get a quantizer (see below).
+        strict: operations that would stay in floating point although nobody excluded
+            them are an error that lists each with its reason.
+
+    The scope ``compute`` quantizes what is multiplied and accumulated: the inputs and
+    weights of convolutions, linear layers, matrix products and recurrent layers, and
+    the weights of embeddings.
+
+    The scope ``full`` is for integer-only hardware: each tensor that one integer kernel
+    hands to another lies on one grid, whoever reads it. Besides the above, quantized
+    are the inputs of
+
+    * sums, differences, maxima, minima and concatenations of tensors, which share one
+      grid (one quantizer called on each of them);
+    * products of tensors and the dividend of a quotient, on grids of their own;
+    * averages, interpolation and smooth activation functions (sigmoid, GELU, ...).
+
+    Not quantized in either scope: softmax and normalization, which compute in floating
+    point (a tensor that others read from a grid reaches them from it, too), and masks
+    added to what only a softmax reads; divisors (a grid may hold zero); Python scalars,
+    scalar tensors and vectors of parameters (scales and shifts, 32 bits in integer
+    kernels); the inputs of ReLU, max pooling and views, which commute with the rounding
+    behind them; the outputs of the model. A table of parameters (a position embedding)
+    is quantized as a weight where it meets another tensor.
 
     Raises:
         ConfigError: a value is outside its domain.
@@ -99,6 +124,8 @@ class QuantConfig:
     overrides: Mapping[str, Override | Mapping[str, Any]] = field(
         default_factory=dict[str, "Override | Mapping[str, Any]"]
     )
+    scope: Scope = "compute"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
@@ -108,6 +135,8 @@ class QuantConfig:
         if self.first_last not in (None, "exclude"):
             _check_bits("first_last", self.first_last)
         _check_flag("per_channel", self.per_channel)
+        _check_choice("scope", self.scope, get_args(Scope))
+        _check_flag("strict", self.strict)
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         object.__setattr__(self, "overrides", _overrides(self.overrides))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 from gdnsq_fx.analysis.divergence import sample_products
 from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
 from gdnsq_fx.annotations import facts
+from gdnsq_fx.operands import Operand
 from gdnsq_fx.opinfo import OpInfo
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
 
@@ -30,7 +37,7 @@ class EdgeProbe(Interpreter):
         super().__init__(graph_module)
         self.statistics = statistics
         self.probes: list[tuple[Tensor, Tensor, str]] = []
-        self._weights: dict[Node, tuple[str, Tensor]] = {}
+        self._errors: dict[Node, tuple[str, Any]] = {}
 
     def run_node(self, n: Node) -> Any:
         """Run one node; quantizers pass their input on."""
@@ -41,9 +48,12 @@ class EdgeProbe(Interpreter):
             return self._activation(n, module)
         value = super().run_node(n)
         op = facts(n).op
-        if op is not None and op.is_compute and isinstance(value, Tensor):
-            return self._output(n, op, value)
-        return value
+        if op is None or self._errors.keys().isdisjoint(n.all_input_nodes):
+            return value
+        if op.kind == "view":
+            self._view(n, op)
+            return value
+        return self._output(n, op, value)
 
     def add_products(
         self, gradients: Sequence[Tensor | None], batch: int, weight: float
@@ -81,7 +91,7 @@ class EdgeProbe(Interpreter):
     def _weight(self, node: Node, quantizer: WeightQuantizer) -> Tensor:
         weight = self._input(node)
         with torch.no_grad():
-            self._weights[node] = (quantizer.edge, quantizer.quantize(weight) - weight)
+            self._errors[node] = (quantizer.edge, quantizer.quantize(weight) - weight)
         return weight
 
     def _activation(self, node: Node, quantizer: ActivationQuantizer) -> Tensor:
@@ -92,31 +102,74 @@ class EdgeProbe(Interpreter):
         self.probes.append((probe, error, quantizer.edge))
         return probe
 
-    def _output(self, node: Node, op: OpInfo, value: Tensor) -> Tensor:
-        weights = [
-            (name, *self._weights[source])
-            for name, source in op.bind(node).items()
-            if isinstance(source, Node) and source in self._weights
-        ]
-        if not weights:
-            return value
-        value = _probed(value)
-        for name, edge, error in weights:
-            effect = self._effect(node, op, name, error)
-            self.probes.append((value, effect, edge))
-        return value.clone()
+    @torch.no_grad()
+    def _view(self, node: Node, op: OpInfo) -> None:
+        """A view of a weight has the same view of its error."""
+        (operand,) = op.operands(op.bind(node))
+        if operand.value in self._errors:
+            edge, error = self._errors[operand.value]
+            self._errors[node] = (edge, self._run_with(node, op, operand, error))
+
+    def _output(self, node: Node, op: OpInfo, value: Any) -> Any:
+        """Probe each tensor of the output for each weight that the node reads."""
+        leaves, structure = tree_flatten(value)
+        places = [i for i, leaf in enumerate(leaves) if _is_probed(leaf)]
+        for place in places:
+            leaves[place] = _probed(leaves[place])
+        for operand in op.operands(op.bind(node)):
+            if not isinstance(operand.value, Node) or operand.value not in self._errors:
+                continue
+            edge, error = self._errors[operand.value]
+            effect = tree_leaves(self._effect(node, op, operand, error, value))
+            self.probes += [(leaves[i], effect[i], edge) for i in places]
+        for place in places:
+            leaves[place] = leaves[place].clone()
+        return tree_unflatten(leaves, structure)
 
     @torch.no_grad()
-    def _effect(self, node: Node, op: OpInfo, name: str, error: Tensor) -> Tensor:
-        """The operation applied to the error of one argument, without bias."""
+    def _effect(
+        self, node: Node, op: OpInfo, operand: Operand, error: Any, value: Any
+    ) -> Any:
+        """What the error of one weight changes in the output."""
+        if op.is_compute and op.linear:
+            bias = {o.argument for o in op.operands(op.bind(node)) if o.role == "bias"}
+            return self._run_with(node, op, operand, error, drop=bias)
+        weight: Any = self.env[cast(Node, operand.value)]
+        moved = self._run_with(node, op, operand, weight + error)
+        return tree_map(_difference, moved, value)
+
+    def _run_with(
+        self,
+        node: Node,
+        op: OpInfo,
+        operand: Operand,
+        value: Any,
+        drop: Iterable[str] = (),
+    ) -> Any:
+        """The operation with another value for one operand, and without some others."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        args, kwargs = op.replaced(args, kwargs, name, error)
-        for argument, role in op.roles.items():
-            if role == "bias" and op.named(args, kwargs).get(argument) is not None:
-                args, kwargs = op.replaced(args, kwargs, argument, None)
+        args, kwargs = op.replaced(
+            args,
+            kwargs,
+            operand.argument,
+            value,
+            index=operand.index,
+            target=node.target,
+        )
+        for name in drop:
+            if op.named(args, kwargs, target=node.target).get(name) is not None:
+                args, kwargs = op.replaced(args, kwargs, name, None, target=node.target)
         if node.op == "call_method":
             return self.call_method(str(node.target), args, kwargs)
         return self.call_function(cast(Any, node.target), args, kwargs)
+
+
+def _is_probed(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _difference(moved: Any, value: Any) -> Any:
+    return moved - value if _is_probed(moved) else moved
 
 
 def _probed(value: Tensor) -> Tensor:

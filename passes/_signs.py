@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import facts
-from gdnsq_fx.opinfo import OpInfo, writes_in_place
+from gdnsq_fx.effects import writes_in_place
+from gdnsq_fx.opinfo import OpInfo
+from gdnsq_fx.stored import storage_root
 
 
 def nonnegative_values(graph_module: GraphModule) -> set[Node]:
@@ -22,19 +24,6 @@ def nonnegative_values(graph_module: GraphModule) -> set[Node]:
             root = storage_root(node)
             proven = {n for n in proven if storage_root(n) is not root}
     return proven
-
-
-def storage_root(node: Node) -> Node:
-    """The value whose memory a value may share: back through views and in-place calls.
-
-    Conservative: what the table does not know may return a view of its first argument.
-    """
-    while node.op in ("call_function", "call_method") and node.all_input_nodes:
-        op = facts(node).op
-        if op is not None and op.sign != "inherits" and not writes_in_place(node):
-            break
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _inherits(node: Node, op: OpInfo, proven: set[Node]) -> bool:

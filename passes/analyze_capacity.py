@@ -88,7 +88,9 @@ class AnalyzeCapacity(Pass):
                     "been used up"
                 )
             for site in sites(graph_module):
-                annotate(site.node, edge=found[site.edge].facts(samples))
+                measured = found[site.edge].facts(samples)
+                for node in site.nodes:
+                    annotate(node, edge=measured)
             self._confirm(graph_module, batches)
         return False
 
@@ -127,7 +129,8 @@ class AnalyzeCapacity(Pass):
             measured = self._divergence_of(graph_module, site, batches)
             edge = facts(site.node).edge
             assert edge is not None
-            annotate(site.node, edge=replace(edge, measured_divergence=measured))
+            for node in site.nodes:
+                annotate(node, edge=replace(edge, measured_divergence=measured))
 
     @torch.no_grad()
     def _divergence_of(

@@ -1,6 +1,6 @@
 """AnnotateOperations: each call node gets its row of the op table and a layer name.
 
-    %conv1 = call_module[conv1](x)    ->    meta: op=conv2d, layer="conv1"
+    %conv1 = call_module[conv1](%x)    ->    meta: op=conv2d, layer="conv1"
 
 What holds weights and has no row gets the reason why it is skipped.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -19,8 +18,10 @@ from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
 from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.stored import weight_values
 
 from ._base import Pass
+from ._weights import viewed
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,35 +36,50 @@ class AnnotateOperations(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Facts only: the graph stays as it is."""
+        weights = weight_values(graph_module)
         for node in graph_module.graph.nodes:
             if not node.op.startswith("call_"):
                 annotate(node)  # marks the graph as annotated
                 continue
             op = self.table.find(node, graph_module)
-            layer = facts(node).layer or _layer_name(node, op)
+            layer = facts(node).layer or _layer_name(node, op, weights)
             annotate(node, op=op, layer=layer, skip=_unknown(node, op, graph_module))
         _number_repeated_layers(graph_module)
         return False
 
 
-def _layer_name(node: Node, op: OpInfo | None) -> str:
+def _layer_name(node: Node, op: OpInfo | None, weights: set[Node]) -> str:
     """Module path where there is one; else that of the weight; else the node name."""
     if node.op == "call_module":
         return str(node.target)
-    weight = op.bind(node).get("weight") if op is not None else None
-    source = _parameter_source(weight)
-    if source is not None and "." in str(source.target):
-        return str(source.target).rpartition(".")[0]
+    if op is not None and op.is_compute:
+        for operand in op.operands(op.bind(node)):
+            owner = _owner_of(operand.value, weights)
+            if owner:
+                return owner
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
     return f"{path}.{node.name}" if path else node.name
 
 
-def _parameter_source(value: Any) -> Node | None:
-    """The get_attr node behind a weight argument, through a quantizer if need be."""
-    while isinstance(value, Node) and value.op == "call_module" and value.args:
-        value = value.args[0]
-    return value if isinstance(value, Node) and value.op == "get_attr" else None
+def _owner_of(value: object, weights: set[Node]) -> str:
+    """Path of the module that holds a weight, through whatever is computed from it."""
+    while isinstance(value, Node) and value.all_input_nodes:
+        is_view = viewed(value) is not None or _is_quantizer_call(value)
+        if value not in weights and not is_view:
+            return ""
+        value = value.all_input_nodes[0]
+    if not isinstance(value, Node) or value not in weights:
+        return ""
+    path, found, _ = f".{value.target}".partition(".parametrizations.")
+    return (path if found else path.rpartition(".")[0]).removeprefix(".")
+
+
+def _is_quantizer_call(node: Node) -> bool:
+    owner = node.graph.owning_module
+    if node.op != "call_module" or owner is None:
+        return False
+    return isinstance(owner.get_submodule(str(node.target)), Quantizer)
 
 
 def _number_repeated_layers(graph_module: GraphModule) -> None:

@@ -6,20 +6,22 @@
     %conv1 = call_function[conv2d](%x, %conv1_weight, %conv1_bias, **settings)
 
 The modules stay in the tree, so parameters keep their names; a parameter used twice is
-one ``get_attr`` node. A parametrized weight is the call of its parametrization.
+one ``get_attr`` node, whatever its names. A parametrized weight is the call of its
+parametrization.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from gdnsq_fx.annotations import annotate, facts
+from gdnsq_fx.operands import Call, Stored
 from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
 
@@ -43,10 +45,10 @@ class ExposeWeights(Pass):
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Replace module calls by function calls; True if there were any."""
         sources = _Sources(graph_module)
-        modified = False
+        modified = sources.merge()
         for node in list(graph_module.graph.find_nodes(op="call_module")):
             op = facts(node).op
-            if op is None or op.open is None:
+            if op is None or not op.is_compute:
                 continue
             module = graph_module.get_submodule(str(node.target))
             reason = _refusal(module, op, node)
@@ -60,22 +62,34 @@ class ExposeWeights(Pass):
     def _open(
         self, owner: GraphModule, node: Node, op: OpInfo, sources: _Sources
     ) -> None:
-        assert op.open is not None
         path = str(node.target)
-        module = owner.get_submodule(path)
-        call = op.open(module)
-        value = op.bind(node)["input"]
-        weight = sources.of(path, module, "weight")
-        bias = sources.of(path, module, "bias")
-        with owner.graph.inserting_before(node):
-            if call.pad:
-                arguments = (value, call.pad, call.pad_mode)
-                value = owner.graph.call_function(F.pad, arguments)
-                annotate(value, op=self.table.find(value, owner), layer=path)
+        call = _opened(owner.get_submodule(path), op, node)
+        args, kwargs = self._emitted(owner, node, call, sources)
         # The node itself turns from a module call into a function call: its name, its
         # place and its facts stay.
         node.op, node.target = "call_function", call.function
-        node.args, node.kwargs = (value, weight, bias), dict(call.settings)
+        node.args, node.kwargs = args, kwargs
+
+    def _emitted(
+        self, owner: GraphModule, node: Node, call: Call, sources: _Sources
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a call as nodes: stored tensors, and calls within it."""
+        path = str(node.target)
+        module = owner.get_submodule(path)
+
+        def emitted(value: Any) -> Any:
+            if isinstance(value, Stored):
+                return sources.of(path, module, value.name)
+            if not isinstance(value, Call):
+                return value
+            args, kwargs = self._emitted(owner, node, value, sources)
+            with owner.graph.inserting_before(node):
+                made = owner.graph.call_function(value.function, args, kwargs)
+            annotate(made, op=self.table.find(made, owner), layer=path)
+            return made
+
+        args = tuple(_mapped(value, emitted) for value in call.args)
+        return args, {k: _mapped(v, emitted) for k, v in call.kwargs.items()}
 
 
 class _Sources:
@@ -85,12 +99,23 @@ class _Sources:
         self.owner = graph_module
         self.graph = graph_module.graph
         self.nodes: dict[int, Node] = {}
+        self.twins: list[tuple[Node, Node]] = []
         for node in self.graph.find_nodes(op="get_attr"):
-            self.nodes.setdefault(id(_attribute(graph_module, str(node.target))), node)
+            value = _attribute(graph_module, str(node.target))
+            known = self.nodes.setdefault(id(value), node)
+            if known is not node and isinstance(value, Tensor):
+                self.twins.append((known, node))
         self.names = {
             id(p): name
             for name, p in graph_module.named_parameters(remove_duplicate=True)
         }
+
+    def merge(self) -> bool:
+        """Let one node stand for a tensor that several nodes hold."""
+        for node, twin in self.twins:
+            twin.replace_all_uses_with(node)
+            self.graph.erase_node(twin)
+        return bool(self.twins)
 
     def of(self, path: str, module: nn.Module, name: str) -> Node | None:
         """The node that holds ``module.name``; None where that is None."""
@@ -128,14 +153,32 @@ class _Sources:
             first.prepend(node)
 
 
+def _opened(module: nn.Module, op: OpInfo, node: Node) -> Call:
+    assert op.open is not None
+    return op.open(module, op.bind(node))
+
+
 def _refusal(module: nn.Module, op: OpInfo, node: Node) -> str | None:
     """Why this layer must stay a module, None where it need not."""
+    if op.open is None:
+        return "is a module that the op table cannot open into a call"
     if has_hooks(module):
         return "has hooks, which a function call would drop; remove them before prepare"
-    extra = set(op.bind(node)) - {"input"}
-    if extra or len(node.args) > 1:
-        return "is called with more than its input, such as output_size"
-    return None
+    if op.refusal is None:
+        return None
+    call = _opened(module, op, node)
+    return op.refusal(op.named(call.args, call.kwargs, target=call.function))
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    """A value, or the items of a list or tuple, changed."""
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_mapped(item, change) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return change(value)
 
 
 def _attribute(owner: nn.Module, path: str) -> Any:

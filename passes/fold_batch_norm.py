@@ -21,8 +21,9 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from gdnsq_fx.annotations import annotate, compute_nodes, facts
+from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.errors import PassError
-from gdnsq_fx.opinfo import ChannelLayout, OpInfo
+from gdnsq_fx.opinfo import OpInfo
 
 from ._base import Pass, has_hooks
 
@@ -77,6 +78,8 @@ def _refusal(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> str
     if kept is not None:
         return f"BatchNorm not folded: it {kept}"
     shape = facts(node).shape
+    if op.channel_dim is None:
+        return "BatchNorm not folded: its channels are not those of the layer's weight"
     if op.channel_dim != 1 and (shape is None or len(shape) != 2):
         return "BatchNorm not folded: its channels are not those of the layer"
     if norm.running_mean is None or norm.running_var is None:
@@ -105,7 +108,7 @@ def _kept_as_module(norm: nn.Module) -> str | None:
 def _fold(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> None:
     bound = op.bind(node)
     norm: Any = owner.get_submodule(str(norm_node.target))
-    assert op.layout is not None
+    (operand,) = [o for o in op.operands(bound) if o.role == "weight"]
     weight = owner.get_parameter(str(bound["weight"].target))
     scale = torch.rsqrt(norm.running_var + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight
@@ -113,7 +116,7 @@ def _fold(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> None:
     has_bias = isinstance(bound.get("bias"), Node)
     old = owner.get_parameter(str(bound["bias"].target)) if has_bias else 0.0
     bias = (old - norm.running_mean) * scale + shift
-    weight.mul_(_over_channels(scale, op.layout(bound), weight))
+    weight.mul_(_over_channels(scale, op.layout_of(bound, operand), weight))
     if has_bias:
         owner.get_parameter(str(bound["bias"].target)).copy_(bias)
     else:

@@ -28,6 +28,7 @@ from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
 from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.stored import ancestors
 
 from ._base import Pass
 
@@ -63,7 +64,13 @@ class LowerToInteger(Pass):
             (node, graph_module.get_submodule(str(node.target)))
             for node in graph_module.graph.find_nodes(op="call_module")
         ]
+        sources = [n for n, m in found if isinstance(m, FrozenWeight)]
+        computed = ancestors(sources) - set(sources)
         lowered = [_lower(graph_module.graph, n, m, kinds) for n, m in found]
+        # What a weight was computed from: its codes stand for all of it.
+        for node in sorted(computed, reverse=True):
+            if not node.users:
+                graph_module.graph.erase_node(node)
         return any(lowered)
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node, map_arg
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdnsq_fx.annotations import KEY, annotate, facts
+from gdnsq_fx.annotations import KEY, annotate, described, facts
+from gdnsq_fx.errors import PassError
 from gdnsq_fx.inputs import batch_size
+from gdnsq_fx.opinfo import OpInfo
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.state import cloned, preserved_state
 
@@ -42,7 +44,7 @@ class PropagateShapes(Pass):
             graph_module.eval()
             _ShapeRecorder(graph_module, batch).run(*values)
         for node in graph_module.graph.nodes:
-            annotate(node, macs=_macs_per_sample(node, graph_module))
+            _count_macs(node, graph_module)
         return False
 
 
@@ -52,14 +54,18 @@ class _ShapeRecorder(Interpreter):
         self.batch = batch
 
     def run_node(self, n: Node) -> Any:
-        known = KEY not in n.meta or facts(n).op is not None
+        op = facts(n).op
+        known = KEY not in n.meta or (op is not None and not _is_refused(n, op))
         unknown = n.op.startswith("call_") and not known
         value = self._counted(n) if unknown else super().run_node(n)
         shape = tuple(value.shape) if isinstance(value, Tensor) else None
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         elements = sum(t.numel() for t in tensors) // max(self.batch, 1)
         dtype = value.dtype if isinstance(value, Tensor) else None
-        annotate(n, shape=shape, dtype=dtype, batch=self.batch, elements=elements)
+        shapes = tuple(tuple(t.shape) for t in tensors)
+        annotate(n, shape=shape, shapes=shapes, dtype=dtype)
+        number = value if isinstance(value, int) else None
+        annotate(n, number=number, batch=self.batch, elements=elements)
         return value
 
     def _counted(self, n: Node) -> Any:
@@ -101,18 +107,53 @@ def _without_fast_path() -> Generator[None]:
         mha.set_fastpath_enabled(enabled)
 
 
-def _macs_per_sample(node: Node, owner: GraphModule) -> int:
+def _count_macs(node: Node, owner: GraphModule) -> None:
+    """MACs of a node whose row has a formula."""
     found = facts(node)
-    if found.op is None:
-        return found.macs
-    if found.op.macs is None or found.shape is None:
-        return 0
-    shapes = {
-        name: shape
-        for name, value in found.op.bind(node).items()
-        if isinstance(value, Node) and (shape := facts(value).shape) is not None
-    }
-    if node.op == "call_module":  # a layer that could not be opened has its weight
-        module: Any = owner.get_submodule(str(node.target))
-        shapes["weight"] = tuple(module.weight.shape)
-    return found.op.macs(shapes, found.shape) // max(found.batch, 1)
+    op = found.op
+    if op is None:
+        return
+    shapes = _shapes_of_arguments(node, op, owner)
+    output = found.shape if found.shape is not None else _first_shape(node)
+    if op.macs is None or output is None or _is_refused(node, op):
+        return
+    try:
+        macs = op.macs(shapes, output)
+        inner = op.inner_macs(shapes, output) if op.inner_macs and _is_call(node) else 0
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise PassError(
+            f"PropagateShapes: the MACs formula of the op table row {op.name!r} fails "
+            f"on {described(node)}: {error!r}. It is given {shapes}; mend the formula"
+        ) from error
+    batch = max(found.batch, 1)
+    annotate(node, macs=macs // batch, inner_macs=inner // batch)
+
+
+def _is_refused(node: Node, op: OpInfo) -> bool:
+    return op.refusal is not None and op.refusal(op.bind(node)) is not None
+
+
+def _is_call(node: Node) -> bool:
+    return node.op != "call_module"
+
+
+def _shapes_of_arguments(node: Node, op: OpInfo, owner: GraphModule) -> dict[str, Any]:
+    """The bound arguments of a call with the shape in the place of each tensor."""
+    mapped: Any = map_arg(op.bind(node), lambda one: facts(one).shape)
+    shapes: dict[str, Any] = dict(mapped)
+    if node.op != "call_module":
+        return shapes
+    # A layer that could not be opened has its weights.
+    module = owner.get_submodule(str(node.target))
+    matrices = [tuple(p.shape) for p in module.parameters() if p.ndim > 1]
+    for name, role in op.roles.items():
+        if role == "weight":
+            shapes[name] = matrices.pop(0)
+        elif callable(role) and name not in shapes:
+            shapes[name] = matrices
+    return shapes
+
+
+def _first_shape(node: Node) -> tuple[int, ...] | None:
+    """Shape of the first tensor of a tuple."""
+    return next(iter(facts(node).shapes), None)

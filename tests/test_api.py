@@ -483,7 +483,7 @@ def test_coverage_is_a_share_also_of_parametrized_weights() -> None:
     assert coverage.macs == coverage.weights == 1.0
 
 
-class _Unknown(nn.Module):
+class _Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -493,13 +493,36 @@ class _Unknown(nn.Module):
         return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
+def test_coverage_tells_what_a_fused_call_keeps_to_itself() -> None:
+    """Attention weights meet the values inside: 6 * 6 * 8 MACs of a sample."""
+    x = torch.randn(4, 6, 8)
+    coverage = gdnsq_fx.analyze(_prepare(_Attention(), x), [x]).coverage
+    (skip,) = coverage.skipped
+    assert skip.reason == (
+        "in floating point inside the fused call: the attention weights "
+        "(50% of the MACs of this attention)"
+    )
+    assert coverage.weights == 1.0
+    every = 4 * 6 * 64 + 2 * 6 * 6 * 8 + 40
+    assert coverage.macs == pytest.approx(1.0 - 6 * 6 * 8 / every)
+
+
+class _Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm((6, 8))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x).mean(1))
+
+
 def test_coverage_counts_what_the_op_table_does_not_know() -> None:
-    """Most of this model stays in floating point; its MACs must not be left out."""
     x = torch.randn(4, 6, 8)
     coverage = gdnsq_fx.analyze(_prepare(_Unknown(), x), [x]).coverage
-    assert [skip.name for skip in coverage.skipped] == ["attention"]
-    assert coverage.weights == pytest.approx(40 / (40 + 4 * 64))
-    assert coverage.macs < 0.05
+    assert [skip.name for skip in coverage.skipped] == ["norm"]
+    assert coverage.weights == pytest.approx(40 / (40 + 2 * 48))
+    assert coverage.macs < 0.5
 
 
 def test_fine_tuned_weights_load_back_into_the_original_class() -> None:

@@ -100,7 +100,7 @@ class _Plain(nn.Module):
         nn.Identity,
         _Plain,
         lambda: nn.Sequential(nn.ReLU(), nn.MaxPool1d(2)),
-        lambda: nn.Sequential(nn.LayerNorm(6), nn.RNN(6, 4)),
+        lambda: nn.Sequential(nn.LayerNorm(6), nn.PReLU()),
         lambda: nn.Sequential(nn.BatchNorm1d(6)),
     ],
 )

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, symbolic_trace
 
-from gdnsq_fx.opinfo import PER_TENSOR, ChannelLayout, OpInfo, OpTable
+from gdnsq_fx.channels import PER_TENSOR, ChannelLayout
+from gdnsq_fx.operands import Operand
+from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
 
 _WEIGHTED = [f"conv{d}d" for d in (1, 2, 3)]
@@ -51,9 +53,9 @@ class _Calls(nn.Module):
         ("add", [lambda m, x, y: torch.add(x, y), lambda m, x, y: 1.0 + x]),
         ("mul", [lambda m, x, y: x * y, lambda m, x, y: torch.mul(x, y)]),
         ("cat", [lambda m, x, y: torch.cat([x, y]), lambda m, x, y: torch.concat([x])]),
-        ("pool", [lambda m, x, y: m.pool(x), lambda m, x, y: F.max_pool2d(x, 2)]),
-        ("pool", [lambda m, x, y: F.avg_pool2d(x, 2)]),
-        ("pool", [lambda m, x, y: torch.max_pool2d(x, 2)]),
+        ("avg_pool", [lambda m, x, y: m.pool(x), lambda m, x, y: F.avg_pool2d(x, 2)]),
+        ("max_pool", [lambda m, x, y: F.max_pool2d(x, 2)]),
+        ("max_pool", [lambda m, x, y: torch.max_pool2d(x, 2)]),
         ("reshape", [lambda m, x, y: x.flatten(1), lambda m, x, y: x.view(-1)]),
         (
             "reshape",
@@ -97,9 +99,9 @@ def test_parameters_are_those_of_the_function_in_order(name: str) -> None:
 
 
 def test_operations_that_the_table_does_not_know() -> None:
-    model = _Calls(lambda m, x, y: F.silu(x), lambda m, x, y: x.softplus())
+    model = _Calls(lambda m, x, y: F.rrelu(x), lambda m, x, y: x.softplus())
     assert [DEFAULT_TABLE.find(n, model) for n in _nodes(model)] == [None, None]
-    assert DEFAULT_TABLE.find_module(nn.LSTM(2, 2)) is None
+    assert DEFAULT_TABLE.find_module(nn.LayerNorm(2)) is None
     placeholder = next(iter(symbolic_trace(model).graph.nodes))
     assert DEFAULT_TABLE.find(placeholder, model) is None
 
@@ -212,10 +214,13 @@ def test_layouts(layout: ChannelLayout, shape: Any, dims: Any, scale: Any) -> No
     assert expanded.ndim == weight.ndim
 
 
+_WEIGHT = Operand("weight", None, "weight", None)
+
+
 def test_grouped_channels_of_a_transposed_convolution() -> None:
     """Output channel g * out/groups + c is ``weight[inputs of g, c]``."""
     layer = nn.ConvTranspose1d(4, 6, 1, groups=2, bias=False)
-    layout = _row("conv_transpose1d").layout({"groups": 2})  # type: ignore[misc]
+    layout = _row("conv_transpose1d").layout_of({"groups": 2}, _WEIGHT)
     scale = torch.arange(1.0, 7.0)
     x = torch.randn(2, 4, 3)
     wanted = layer(x) * scale.reshape(1, 6, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from gdnsq_fx.analysis.capacity import FLOAT_BITS
 from gdnsq_fx.annotations import facts, source_of
 from gdnsq_fx.quantize.quantizer import Quantizer, WeightQuantizer
-from gdnsq_fx.sites import bit_width, weight_sites
+from gdnsq_fx.sites import bit_width, quantizer_behind, sites, weight_sites
 from gdnsq_fx.state import in_evaluation
+from gdnsq_fx.stored import ancestors, attribute
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Coverage:
     """Share of the model that is quantized.
 
     Attributes:
-        macs: share of multiply-accumulates whose tensors are all quantized, 0..1.
+        macs: share of multiply-accumulates whose tensors are all quantized, 0..1. What
+            a fused call keeps to itself (the hidden state of an LSTM) is not.
         weights: share of the elements of matrices and kernels, 0..1.
         skipped: what was left out, with reasons.
     """
@@ -65,16 +68,16 @@ def coverage_of(graph_module: GraphModule) -> Coverage:
     """Shares of MACs and weights that are quantized, and the reasons for the rest."""
     nodes = list(graph_module.graph.nodes)
     macs = sum(facts(n).macs for n in nodes)
-    done = sum(facts(n).macs for n in nodes if _is_quantized(graph_module, n))
+    quantized = [n for n in nodes if _is_quantized(graph_module, n)]
+    done = sum(facts(n).macs - facts(n).inner_macs for n in quantized)
     covered = sum(w.numel() for w, _ in _quantized_weights(graph_module))
     weights = sum(w.numel() for w in _stored(graph_module) if w.ndim >= 2)
-    skipped = tuple(
-        Skip(facts(n).layer or n.name, str(facts(n).skip), source_of(n))
-        for n in graph_module.graph.nodes
-        if facts(n).skip
-    )
+    skipped = [(n, str(facts(n).skip)) for n in nodes if facts(n).skip]
+    skipped += [(n, _inner_reason(n)) for n in quantized if facts(n).inner_macs]
     return Coverage(
-        done / macs if macs else 0.0, covered / weights if weights else 0.0, skipped
+        done / macs if macs else 0.0,
+        covered / weights if weights else 0.0,
+        tuple(Skip(facts(n).layer or n.name, why, source_of(n)) for n, why in skipped),
     )
 
 
@@ -84,10 +87,19 @@ def totals_of(graph_module: GraphModule) -> Totals:
     quantized = _quantized_weights(graph_module)
     packed = sum(_packed_bytes(w, q) for w, q in quantized)
     floats = every - sum(w.numel() for w, _ in quantized)
+    measured = [(s.quantizer, facts(s.node).edge) for s in sites(graph_module)]
+    bits_of: dict[Quantizer, int] = {
+        q: edge.bits for q, edge in measured if edge is not None
+    }
     macs, bops = 0, 0
     for node in graph_module.graph.nodes:
-        macs += facts(node).macs
-        bops += facts(node).macs * math.prod(_argument_bits(node))
+        found = facts(node)
+        if not found.macs:
+            continue
+        bits = _argument_bits(graph_module, node, bits_of)
+        macs += found.macs
+        bops += (found.macs - found.inner_macs) * math.prod(bits)
+        bops += found.inner_macs * FLOAT_BITS * max(bits)
     return Totals(
         size_bytes=packed + 4 * floats,
         float_size_bytes=4 * every,
@@ -97,28 +109,58 @@ def totals_of(graph_module: GraphModule) -> Totals:
     )
 
 
-def _stored(graph_module: GraphModule) -> list[Tensor]:
-    """Tensors that the deployed model stores, each once: parameters of the model.
+def _inner_reason(node: Node) -> str:
+    """What of a quantized operation stays in floating point."""
+    found = facts(node)
+    assert found.op is not None
+    share = 100 * found.inner_macs / found.macs
+    return (
+        f"in floating point inside the fused call: {found.op.inner} ({share:.0f}% of "
+        f"the MACs of this {found.op.name})"
+    )
 
-    Instead of the parameters behind a parametrization stands the tensor it makes.
+
+def _stored(graph_module: GraphModule) -> list[Tensor]:
+    """Tensors that the deployed model stores, each once.
+
+    Instead of what a quantized weight was computed from stands the weight; instead of
+    the parameters behind any other parametrization, the tensor it makes.
     """
-    left_out: set[int] = set()
-    made: list[Tensor] = []
+    quantized = weight_sites(graph_module)
+    replaced = _replaced_nodes(graph_module, [s.node for s in quantized])
+    read = {id(p) for n in replaced for p in _tensors_of(graph_module, n)}
+    nodes = [n for n in graph_module.graph.nodes if n not in replaced]
+    live = [n for n in nodes if n.op in ("get_attr", "call_module")]
+    read -= {id(p) for n in live for p in _tensors_of(graph_module, n)}
+    made: list[Tensor] = [site.weight().detach() for site in quantized]
     for module in graph_module.modules():
+        if isinstance(module, Quantizer):
+            read |= {id(p) for p in module.parameters()}
         if isinstance(module, ParametrizationList):
-            with torch.no_grad(), in_evaluation(module):
-                made.append(module())
-        if isinstance(module, ParametrizationList | Quantizer):
-            left_out |= {id(p) for p in module.parameters()}
-    plain: dict[int, Tensor] = {
-        id(p): p for p in graph_module.parameters() if id(p) not in left_out
-    }
-    for site in weight_sites(graph_module):  # a buffer or a constant may be one, too
-        source = site.node.args[0]
-        if isinstance(source, Node) and source.op == "get_attr":
-            weight = site.weight()
-            plain.setdefault(id(weight), weight)
-    return [*plain.values(), *made]
+            behind = {id(p) for p in module.parameters()}
+            if behind and not behind <= read:
+                with torch.no_grad(), in_evaluation(module):
+                    made.append(module())
+            read |= behind
+    return [*(p for p in graph_module.parameters() if id(p) not in read), *made]
+
+
+def _replaced_nodes(graph_module: GraphModule, quantizers: list[Node]) -> set[Node]:
+    """What nothing but the given quantizers reads, directly or not."""
+    behind = ancestors(quantizers) - set(quantizers)
+    found: set[Node] = set(quantizers)
+    for node in reversed(list(graph_module.graph.nodes)):
+        if node in behind and found.issuperset(node.users):
+            found.add(node)
+    return found - set(quantizers)
+
+
+def _tensors_of(graph_module: GraphModule, node: Node) -> list[Tensor]:
+    """Stored tensors that one node reads."""
+    if node.op == "call_module":
+        return list(graph_module.get_submodule(str(node.target)).parameters())
+    value = attribute(graph_module, str(node.target)) if node.op == "get_attr" else None
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _quantized_weights(
@@ -133,30 +175,26 @@ def _packed_bytes(weight: Tensor, quantizer: WeightQuantizer) -> int:
     return math.ceil(codes / 8) + 8 * levels.numel()
 
 
-def _quantizer_of(owner: GraphModule, value: object) -> Quantizer | None:
-    if not isinstance(value, Node) or value.op != "call_module":
-        return None
-    module = owner.get_submodule(str(value.target))
-    return module if isinstance(module, Quantizer) else None
-
-
 def _operands(node: Node) -> list[object]:
     """What an operation multiplies: its activations and weights, where known."""
     op = facts(node).op
-    if op is None:
+    if op is None or not op.is_compute:
         return [None, None]
-    bound = op.bind(node)
-    return [bound.get(name) for name, role in op.roles.items() if role != "bias"]
+    operands = op.operands(op.bind(node))
+    return [o.value for o in operands if o.role in ("activation", "weight")]
 
 
 def _is_quantized(owner: GraphModule, node: Node) -> bool:
-    return all(_quantizer_of(owner, value) is not None for value in _operands(node))
+    operands = _operands(node)
+    return all(quantizer_behind(owner, value) is not None for value in operands)
 
 
-def _argument_bits(node: Node) -> list[int]:
-    """Bit-widths of the two operands; floating point counts as 32."""
+def _argument_bits(
+    owner: GraphModule, node: Node, bits_of: Mapping[Quantizer, int]
+) -> list[int]:
+    """Bit-widths of the two widest operands; floating point counts as 32."""
     bits: list[int] = []
     for value in _operands(node):
-        edge = facts(value).edge if isinstance(value, Node) else None
-        bits.append(edge.bits if edge is not None else FLOAT_BITS)
-    return bits
+        quantizer = quantizer_behind(owner, value)
+        bits.append(bits_of.get(quantizer, FLOAT_BITS) if quantizer else FLOAT_BITS)
+    return sorted(bits)[-2:]

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from gdnsq_fx.analysis.capacity import FLOAT_BITS
 from gdnsq_fx.annotations import facts
+from gdnsq_fx.sites import sites
 
 _SOURCE, _SINK = "source", "sink"
 
@@ -48,6 +49,7 @@ def capacity_graph(graph_module: GraphModule) -> nx.DiGraph[str]:
     """
     graph: nx.DiGraph[str] = nx.DiGraph()
     flowing: set[Node] = set()
+    shares = _shares(graph_module)
     for node in graph_module.graph.nodes:
         producers = [p for p in node.all_input_nodes if p in flowing]
         enters = node.op == "placeholder"
@@ -55,7 +57,7 @@ def capacity_graph(graph_module: GraphModule) -> nx.DiGraph[str]:
         if not (enters or producers) or not (leaves or facts(node).elements):
             continue
         flowing.add(node)
-        graph.add_node(node.name, op=node.op, **_bits(node))
+        graph.add_node(node.name, op=node.op, **_bits(node, shares.get(node, 1.0)))
         for producer in producers:
             capacity = graph.nodes[producer.name]["bits"]
             graph.add_edge(producer.name, node.name, capacity=capacity)
@@ -92,13 +94,23 @@ def minimum_cut(graph: nx.DiGraph[str]) -> MinimumCut | None:
     )
 
 
-def _bits(node: Node) -> dict[str, Any]:
+def _shares(graph_module: GraphModule) -> dict[Node, float]:
+    """What each call of a quantizer holds of the elements of all its calls."""
+    found: dict[Node, float] = {}
+    for site in sites(graph_module):
+        elements = sum(facts(node).elements for node in site.nodes)
+        for node in site.nodes:
+            found[node] = facts(node).elements / elements if elements else 1.0
+    return found
+
+
+def _bits(node: Node, share: float) -> dict[str, Any]:
     found = facts(node)
     float_bits = float(found.elements * FLOAT_BITS)
     quantized = found.edge is not None
     return {
         "label": found.layer or node.name,
-        "bits": found.edge.capacity if found.edge is not None else float_bits,
+        "bits": share * found.edge.capacity if found.edge is not None else float_bits,
         "float_bits": float_bits,
         "quantized": quantized,
     }

@@ -107,7 +107,7 @@ def _bottlenecks(divergences: list[float]) -> int:
 def _edge_report(
     site: WeightSite | ActivationSite, edge: EdgeFacts, bottleneck: bool
 ) -> EdgeReport:
-    readers = [facts(n).op for n in site.node.users]
+    readers = [facts(user).op for node in site.nodes for user in node.users]
     return EdgeReport(
         name=site.edge,
         op=next((op.name for op in readers if op is not None), ""),

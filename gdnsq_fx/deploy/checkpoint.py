@@ -22,6 +22,7 @@ from gdnsq_fx.errors import FileFormatError, PassError
 from gdnsq_fx.inputs import model_device
 from gdnsq_fx.sites import WeightSite, bit_width, sites
 from gdnsq_fx.spec import QuantConfig
+from gdnsq_fx.stored import ancestors
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def place_levels(prepared: GraphModule, contents: Contents) -> None:
         parameter.fill_(1.0)  # whatever the given model holds, the file replaces it
     for site in sites(prepared):
         if isinstance(site, WeightSite):
+            _make_plain(prepared, site)
             site.quantizer.open_to(site.weight(), site.quantizer.spec.bits)
             continue
         target = str(site.node.target)
@@ -109,6 +111,20 @@ def place_levels(prepared: GraphModule, contents: Contents) -> None:
         site.quantizer.lower.fill_(0.0)
         site.quantizer.log2_step.fill_(0.0)
         site.quantizer.log2_range.copy_(torch.log2(torch.tensor(float(levels))))
+
+
+def _make_plain(prepared: GraphModule, site: WeightSite) -> None:
+    """Let a tensor stand for a computed weight: of ones it might become 0 / 0."""
+    source = site.node.args[0]
+    if not isinstance(source, torch.fx.Node) or source.op == "get_attr":
+        return
+    name = f"stored_{site.node.name}"
+    prepared.register_buffer(name, torch.ones_like(site.weight()), persistent=False)
+    with prepared.graph.inserting_before(site.node):
+        site.node.replace_input_with(source, prepared.graph.get_attr(name))
+    for node in sorted(ancestors([source]), reverse=True):
+        if not node.users:
+            prepared.graph.erase_node(node)
 
 
 def fill(imodel: GraphModule, contents: Contents) -> GraphModule:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.errors import CalibrationError
-from gdnsq_fx.opinfo import ChannelLayout
 from gdnsq_fx.quantize.functions import (
     max_code,
     quantize_activation,

@@ -83,7 +83,7 @@ def test_floating_point_operands_count_as_32_bits() -> None:
 
 
 class Tied(nn.Module):
-    """One weight of 16 elements, used twice; an embedding that the table skips."""
+    """One weight of 16 elements, used twice, and an embedding of 24."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,11 +102,11 @@ def test_shared_weight_counts_once_and_its_macs_twice() -> None:
     gdnsq_fx.analyze(qmodel, [x], draws=1)
     totals, coverage = totals_of(qmodel), coverage_of(qmodel)
     assert totals.macs == 2 * 3 * 16
-    assert totals.size_bytes == 8 + 8 + 4 * 24
+    assert totals.size_bytes == 16 // 2 + 8 + 24 // 2 + 8
     assert totals.float_size_bytes == 4 * (16 + 24)
     assert coverage.macs == 1.0
-    assert coverage.weights == 16 / 40
-    assert [s.name for s in coverage.skipped] == ["embed"]
+    assert coverage.weights == 1.0
+    assert coverage.skipped == ()
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, None])

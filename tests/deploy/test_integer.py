@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.deploy.integer import dequantize, quantize
-from gdnsq_fx.opinfo import ChannelLayout
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from gdnsq_fx.spec import QuantSpec

@@ -304,16 +304,13 @@ class _OutputSize(nn.Module):
         return self.fc(self.up(x, output_size=(16, 14)) + self.up(x, [16, 14]))
 
 
-def test_refuses_output_size_and_opens_the_rest(exposed) -> None:
+def test_output_size_becomes_output_padding(exposed) -> None:
     model = _OutputSize()
     module = exposed(model, _IMAGE)
-    assert _targets(module, "call_module") == ["up", "up"]
-    assert [facts(n).skip for n in compute_nodes(module)] == [
-        "is called with more than its input, such as output_size",
-        "is called with more than its input, such as output_size",
-        None,
-    ]
+    assert _targets(module, "call_module") == []
+    assert "output_padding" in module.code
     _check_equal(model, module, _IMAGE)
+    _check_equal(model, module, torch.cat([_IMAGE, _IMAGE]))
 
 
 def test_keyword_input_is_opened(exposed) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdnsq_fx.opinfo import PER_TENSOR, ChannelLayout
+from gdnsq_fx.channels import PER_TENSOR, ChannelLayout
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight, code_dtype
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from gdnsq_fx.spec import Offset, QuantSpec

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from gdnsq_fx.channels import PER_TENSOR, ChannelLayout
 from gdnsq_fx.errors import CalibrationError
-from gdnsq_fx.opinfo import PER_TENSOR, ChannelLayout
 from gdnsq_fx.quantize.quantizer import (
     ActivationQuantizer,
     WeightQuantizer,

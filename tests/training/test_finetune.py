@@ -15,13 +15,13 @@ from torch.fx import GraphModule
 
 import gdnsq_fx
 from gdnsq_fx.analysis.divergence import jeffreys
+from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.errors import (
     BatchStructureError,
     ConfigError,
     PassError,
     TrainingDivergedError,
 )
-from gdnsq_fx.opinfo import ChannelLayout
 from gdnsq_fx.sites import activation_sites, weight_sites
 from gdnsq_fx.spec import Estimator, Offset
 from gdnsq_fx.training.losses import squared_distillation_loss
