@@ -49,7 +49,9 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
     every = {id(m): m for root in modules for m in root.modules()}.values()
     buffers = {id(b): b for root in modules for b in root.buffers() if not is_lazy(b)}
     saved = [(b, b.detach().clone()) for b in buffers.values()]
-    attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in every]
+    attributes = [
+        (m, dict(vars(m)), dict(m._buffers), dict(m._parameters)) for m in every
+    ]
     kept = [(c, c.copy()) for m in every for c in vars(m).values() if _is_plain(c)]
     tensors = [t for root in modules for t in (*root.parameters(), *root.buffers())]
     cuda = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
@@ -63,8 +65,8 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
             with torch.no_grad():
                 for buffer, value in saved:
                     buffer.copy_(value)
-            for module, before, registered in attributes:
-                _restore(module, before, registered)
+            for module, *before in attributes:
+                _restore(module, *before)
             for container, before in kept:
                 _refill(container, before)
 
@@ -79,9 +81,18 @@ def _clone(leaf: Any) -> Any:
 
 
 def _restore(
-    module: nn.Module, before: dict[str, Any], buffers: dict[str, Tensor | None]
+    module: nn.Module,
+    before: dict[str, Any],
+    buffers: dict[str, Tensor | None],
+    parameters: dict[str, nn.Parameter | None],
 ) -> None:
-    """Put back replaced buffers, and attributes that came to hold a tensor."""
+    """Put back replaced buffers and parameters, and attributes that hold a tensor.
+
+    Parameters are replaced by a model that calls ``layer.to(dtype)`` in its forward.
+    """
+    for name, parameter in parameters.items():
+        if name in module._parameters and not is_lazy(cast(Tensor, parameter)):
+            module._parameters[name] = parameter
     for name, buffer in buffers.items():
         if name in module._buffers and not is_lazy(cast(Tensor, buffer)):
             module._buffers[name] = buffer

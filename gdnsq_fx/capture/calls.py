@@ -79,7 +79,6 @@ DATA_READS = frozenset(
         "__index__",
         "__contains__",
         "__array__",
-        "tolist",
         "numpy",
         "equal",
         "allclose",

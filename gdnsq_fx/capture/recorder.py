@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,19 @@ from gdnsq_fx.capture.opened import OPENED_FUNCTIONS
 from gdnsq_fx.capture.scalars import TracedFloat, TracedInt, plain, traced
 from gdnsq_fx.capture.values import Untraceable
 
+# Results without tensors that the graph computes anew instead of keeping them.
+_SYMBOLIC = frozenset(
+    {
+        "size",
+        "numel",
+        "nelement",
+        "stride",
+        "storage_offset",
+        "item",
+        "tolist",
+        "broadcast_shapes",
+    }
+)
 # They change what the calls after them do, and are no calls on values themselves.
 _STATE = frozenset({"_set_grad_enabled", "set_grad_enabled"})
 
@@ -141,7 +154,7 @@ class Recorder(TorchFunctionMode):
                 self.ledger.scalar_node("call_method", "size", (args[0], 0), {}), value
             )
             return value
-        sized = name in ("size", "numel", "nelement", "item", "broadcast_shapes")
+        sized = name in _SYMBOLIC
         known = any(
             self.ledger.knows(leaf) or isinstance(leaf, TracedInt | TracedFloat)
             for leaf in tree_leaves((args, kwargs))
@@ -155,15 +168,12 @@ class Recorder(TorchFunctionMode):
         return self._sizes(value, node)
 
     def _sizes(self, value: Any, node: Node) -> Any:
-        if not isinstance(value, torch.Size):
+        if not isinstance(value, tuple | list):
             self.ledger.numbers[node] = value
             return traced(value, node, self)
-        parts: list[Any] = []
-        for index, size in enumerate(value):
-            part = self.ledger.part(node, index)
-            self.ledger.numbers[part] = size
-            parts.append(traced(size, part, self))
-        return torch.Size(parts)
+        items = cast(tuple[Any, ...], value)
+        parts = [self._sizes(v, self.ledger.part(node, i)) for i, v in enumerate(items)]
+        return type(items)(parts)
 
     def _data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A look at the data of a tensor: its outcome is fixed in the graph."""

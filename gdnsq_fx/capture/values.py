@@ -63,7 +63,7 @@ def map_argument(
         if found is not value:
             return found
     if isinstance(value, _CONSTANTS):
-        return value
+        return _without_class(value)
     if is_dataclass(value) and not isinstance(value, type):
         return _rebuilt(value, _dataclass_items(value), call)
     if isinstance(value, Mapping):
@@ -119,6 +119,13 @@ def map_parts(
     if value is None or isinstance(value, _CONSTANTS):
         return value
     raise Untraceable(f"returns {_kind(value)}, whose tensors cannot be followed")
+
+
+def _without_class(value: Any) -> Any:
+    """A number of a class of its own (NumPy's, an enum's) as Python's number."""
+    kinds = (bool, int, float, complex)
+    base = next((kind for kind in kinds if isinstance(value, kind)), None)
+    return value if base is None or type(value) is base else base(value)
 
 
 def _same_kind(old: Any, parts: list[Any]) -> Any:
