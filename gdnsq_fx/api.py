@@ -51,17 +51,20 @@ def prepare(
     *,
     fold_batch_norm: bool = False,
     table: OpTable = DEFAULT_TABLE,
+    inplace: bool = False,
 ) -> GraphModule:
     """Capture a model and insert calibrated, learnable quantizers.
 
     Args:
-        model: any module; it is left untouched.
+        model: any module; it is left untouched (but see ``inplace``).
         example_input: a tensor, a tuple of arguments, or a dict of keyword arguments.
         config: bits, estimators, what to include; W2A2 by default.
         calibration: batches that place the levels, alone or followed by targets;
             without them the example input does, with a warning.
         fold_batch_norm: fold BatchNorm into the layers before it (evaluation only).
         table: the op table; ``DEFAULT_TABLE.with_rows(OpInfo(...))`` adds operations.
+        inplace: share parameters and sub-modules with the model instead of copying
+            them, for large models: fine-tuning then changes the model's weights.
 
     Returns:
         A GraphModule in the model's mode whose ``state_dict()`` holds every key of the
@@ -88,7 +91,7 @@ def prepare(
             stacklevel=2,
         )
     facts = ModelFacts(config, inputs, fold_batch_norm)
-    captured = _captured(model, example_input, facts, table)
+    captured = _captured(model, example_input, facts, table, inplace=inplace)
     insertion = _insertion(example_input, facts, table)
     return run_passes(captured, (*insertion, Calibrate(calibration, inputs)))
 
@@ -196,12 +199,17 @@ def _checked_config(config: object) -> QuantConfig:
 
 
 def _captured(
-    model: nn.Module, example_input: ExampleInput, facts: ModelFacts, table: OpTable
+    model: nn.Module,
+    example_input: ExampleInput,
+    facts: ModelFacts,
+    table: OpTable,
+    *,
+    inplace: bool = False,
 ) -> GraphModule:
-    """The graph of a copy of the model, with its facts."""
+    """The graph of a copy of the model (or of itself), with its facts."""
     args, kwargs = facts.inputs.args_kwargs(example_input)
     check_device(model, args, kwargs)
-    captured = capture(model, args, kwargs, table)
+    captured = capture(model, args, kwargs, table, inplace=inplace)
     captured.meta[KEY] = facts
     return captured
 

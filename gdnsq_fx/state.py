@@ -52,7 +52,7 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
     attributes = [
         (m, dict(vars(m)), dict(m._buffers), dict(m._parameters)) for m in every
     ]
-    kept = [(c, c.copy()) for m in every for c in vars(m).values() if _is_plain(c)]
+    kept = [(c, c.copy()) for m in every for c in _containers(m)]
     tensors = [t for root in modules for t in (*root.parameters(), *root.buffers())]
     cuda = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
     with ExitStack() as stack:
@@ -65,8 +65,8 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
             with torch.no_grad():
                 for buffer, value in saved:
                     buffer.copy_(value)
-            for module, *before in attributes:
-                _restore(module, *before)
+            for module, before, its_buffers, its_parameters in attributes:
+                _restore(module, before, its_buffers, its_parameters)
             for container, before in kept:
                 _refill(container, before)
 
@@ -107,14 +107,15 @@ def _restore(
             del vars(module)[name]
 
 
-def _is_plain(value: Any) -> bool:
-    """A list or dict that the user keeps on a module (not one of torch's own)."""
-    return type(value) in (list, dict)
+def _containers(module: nn.Module) -> list[Any]:
+    """Lists and dicts that the user keeps on a module."""
+    own = (v for k, v in vars(module).items() if k not in _REGISTRIES)
+    return [value for value in own if type(value) in (list, dict)]
 
 
 def _refill(container: Any, before: Any) -> None:
     """Take out what a forward pass put into a list or dict, if it holds tensors."""
-    if container == before or not any(map(_is_traced, tree_leaves(container))):
+    if not any(map(_is_traced, tree_leaves(container))):
         return
     container.clear()
     (container.extend if isinstance(container, list) else container.update)(before)

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 REWRITE = "--rewrite-golden"
+ALL_MODELS = "--all-models"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         REWRITE, action="store_true", help="write golden files instead of comparing"
+    )
+    parser.addoption(
+        ALL_MODELS, action="store_true", help="tests/zoo: all models, not a sample"
     )
 
 

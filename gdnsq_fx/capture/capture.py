@@ -13,7 +13,7 @@ from gdnsq_fx.annotations import annotate
 from gdnsq_fx.capture.captured import CapturedModule, CaptureFacts, mode_exceptions
 from gdnsq_fx.capture.modes import merged
 from gdnsq_fx.capture.resizing import at_other_sizes
-from gdnsq_fx.capture.self_check import observe, self_check
+from gdnsq_fx.capture.self_check import Observation, observe, self_check
 from gdnsq_fx.capture.tracing import Trace, trace
 from gdnsq_fx.errors import CaptureError
 from gdnsq_fx.opinfo import OpTable
@@ -50,9 +50,26 @@ def capture(
         return CapturedModule(model, model.graph)
     # The first run also builds what a model builds on its first call.
     seen = observe(model, args, kwargs)
-    graph, facts = _recorded(model, args, kwargs, table)
-    captured = _built(model, graph, facts)
-    self_check(seen, model, captured)
+    try:
+        return _checked(seen, model, args, kwargs, table, real=False)
+    except CaptureError:
+        # Code that asks for the very class of a tensor tells fake values apart.
+        return _checked(seen, model, args, kwargs, table, real=True)
+
+
+def _checked(
+    seen: list[Observation],
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    table: OpTable,
+    *,
+    real: bool,
+) -> CapturedModule:
+    shell = _shell_of(model)  # what a recording adds is its own
+    graph, facts = _recorded(shell, args, kwargs, table, real=real)
+    captured = _built(shell, graph, facts)
+    self_check(seen, shell, captured)
     return captured
 
 
@@ -76,7 +93,10 @@ def _copied(model: nn.Module) -> nn.Module:
         if is_lazy(p)
     }
     try:
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
+        for module, other in zip(twin.modules(), model.modules(), strict=False):
+            module.training = other.training  # torchvision's extractors forget it
+        return twin
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}. Pass inplace=True, "
@@ -86,6 +106,8 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _shell_of(model: nn.Module) -> nn.Module:
     """The same parameters and sub-modules under a new root, which may be added to."""
+    if isinstance(model, GraphModule):
+        return model  # its own copies do not keep what a subclass adds
     shell = copy.copy(model)
     for kind in ("_modules", "_parameters", "_buffers"):
         vars(shell)[kind] = dict(vars(model)[kind])
@@ -93,11 +115,16 @@ def _shell_of(model: nn.Module) -> nn.Module:
 
 
 def _recorded(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], table: OpTable
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    table: OpTable,
+    *,
+    real: bool,
 ) -> tuple[Graph, CaptureFacts]:
     """One graph for both modes."""
     with preserved_modes(model):
-        evaluation = _trace(model.eval(), args, kwargs, table)
+        evaluation = _trace(model.eval(), args, kwargs, table, real)
         try:
             training = trace(
                 model.train(),
@@ -105,7 +132,7 @@ def _recorded(
                 kwargs,
                 table,
                 evaluation.constants,
-                real=evaluation.real,
+                "real" if evaluation.real else "fake first",
             )
         except Exception:
             # The model itself refuses to train on this input (a detector without
@@ -114,7 +141,8 @@ def _recorded(
         fixed = at_other_sizes(model.eval(), evaluation, args, kwargs, table)
         if training is not evaluation:
             fixed += at_other_sizes(model.train(), training, args, kwargs, table)
-    vars(model).update(training.constants)
+    # As plain tensors: a parameter would become one of the captured model.
+    vars(model).update({n: t.detach() for n, t in training.constants.items()})
     facts = CaptureFacts(
         tuple(dict.fromkeys((*evaluation.specialized, *training.specialized, *fixed))),
         evaluation.opaque | training.opaque,
@@ -125,10 +153,15 @@ def _recorded(
 
 
 def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], table: OpTable
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    table: OpTable,
+    real: bool,
 ) -> Trace:
     try:
-        return trace(model, args, kwargs, table)
+        values = "real" if real else "fake first"
+        return trace(model, args, kwargs, table, values=values)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be captured: {error}. Pass only tensors "

@@ -67,7 +67,8 @@ class InMode(_ModeReader):
         """Run the nodes, or not."""
         if self.in_training != self.mode:
             return (None,) * self.outputs
-        return self.__dict__["body"](*values)
+        # Not called as a module: other tracers look for its name in the tree.
+        return self.__dict__["body"].forward(*values)
 
 
 class AppliedFunction(nn.Module):

@@ -54,6 +54,11 @@ def is_bare(module: nn.Module) -> bool:
     )
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether something watches the gradients of a module, which opening would drop."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 _LIKE_INPUT = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.Dropout)
 
 

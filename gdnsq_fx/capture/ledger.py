@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -11,12 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from gdnsq_fx.capture.location import calling_line
 from gdnsq_fx.capture.scalars import TracedFloat, TracedInt, plain
-from gdnsq_fx.capture.values import map_argument, map_parts
+from gdnsq_fx.capture.values import Untraceable, map_argument, map_parts
 
 
 class NeedsRealValues(Exception):
@@ -28,6 +30,11 @@ class Mark(NamedTuple):
 
     node: Node | None
     changes: int
+
+
+def living_tensors() -> dict[int, Tensor]:
+    """All tensors that exist, by identity; kept alive, or others took their ids."""
+    return {id(o): o for o in gc.get_objects() if issubclass(type(o), Tensor)}
 
 
 class Ledger:
@@ -60,6 +67,7 @@ class Ledger:
         self.disposable: set[Node] = set()
         self.needs_real = False
         self._root = root
+        self._before = None if fake else living_tensors()
         self._fake = fake
         every = (*root.named_parameters(), *root.named_buffers(), *constants.items())
         self._named = {id(tensor): (name, tensor) for name, tensor in every}
@@ -118,6 +126,11 @@ class Ledger:
         self.disposable.add(made)
         return made
 
+    def add_living(self, value: Tensor) -> None:
+        """Take a tensor for one that existed before."""
+        if self._before is not None:
+            self._before[id(value)] = value
+
     def attribute(self, name: str) -> Node:
         """The ``get_attr`` node of a parameter, among those at the graph's start."""
         node = self._attributes.get(name)
@@ -168,6 +181,13 @@ class Ledger:
     def knows(self, value: Any) -> bool:
         """Whether a node stands for a tensor."""
         return isinstance(value, Tensor) and id(value) in self._nodes
+
+    def has_history(self, value: Tensor) -> bool:
+        """Whether a gradient may flow through a tensor in training."""
+        known = self._nodes.get(id(value))
+        if known is None or known[1].op == "placeholder":
+            return False
+        return torch.is_grad_enabled() and known[1] not in self._gradless
 
     def versions(self, tree: Any) -> dict[int, int]:
         """How often each tensor of a call was written into, to see what it writes."""
@@ -237,12 +257,18 @@ class Ledger:
         named = self._named.get(id(value))
         if named is not None:
             return self.attribute(named[0])
-        if self._fake:  # made by something that was not seen
-            self.need_real()
-        return self._constant(value)
+        if self._fake and isinstance(value, FakeTensor):
+            self.need_real()  # made by something that was not seen
+        return self.constant(value)
 
-    def _constant(self, value: Tensor) -> Node:
-        """A tensor that the model holds elsewhere than in a parameter or buffer."""
+    def constant(self, value: Tensor) -> Node:
+        """A tensor that the model holds elsewhere than in a parameter or buffer.
+
+        Raises:
+            Untraceable: it was made while the model ran, by code that is not seen.
+        """
+        if self._before is not None and id(value) not in self._before:
+            raise Untraceable("a tensor is made by code that torch does not show")
         name = f"_tensor_constant{len(self.constants)}"
         while hasattr(self._root, name) or name in self.constants:
             name += "_"

@@ -1,7 +1,7 @@
 """Graph modules that are pickled node by node.
 
-Torch pickles the code of a graph module and traces it again when it is read, which fails
-where a size goes into a factory such as ``torch.zeros(n)``.
+Torch pickles the code of a graph module and traces it again when it is read, which
+fails where a size goes into a factory such as ``torch.zeros(n)``.
 """
 
 # pyright: reportPrivateUsage=false

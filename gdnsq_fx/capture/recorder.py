@@ -41,6 +41,7 @@ _SYMBOLIC = frozenset(
         "broadcast_shapes",
     }
 )
+_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
 # They change what the calls after them do, and are no calls on values themselves.
 _STATE = frozenset({"_set_grad_enabled", "set_grad_enabled"})
 
@@ -108,6 +109,8 @@ class Recorder(TorchFunctionMode):
             raise Untraceable(f"assigns to an attribute of a tensor ({name})")
         if attribute is not None and not is_tensor_attribute(attribute):
             return self._fact(func, args, kwargs, attribute)
+        if name in _HOOKS:
+            raise Untraceable(f"hooks a tensor ({name})")
         if name in _STATE:
             return func(*args, **kwargs)
         if name in DATA_READS:
@@ -127,14 +130,32 @@ class Recorder(TorchFunctionMode):
             return None
         if not _holds_tensor(value) and value is not None:
             return self._number(func, args, kwargs, name, value)
-        node = self.ledger.call_node(*spelled(func, args, kwargs))
+        try:
+            node = self.ledger.call_node(*spelled(func, args, kwargs))
+        except Untraceable as error:
+            return self._fixed(value, args, kwargs, error)
         return self.ledger.track(value, node, before)
+
+    def _fixed(self, value: Any, args: Any, kwargs: Any, error: Untraceable) -> Any:
+        """A tensor made of what no graph holds, such as an array: a constant."""
+        leaves = tree_leaves((args, kwargs))
+        if not isinstance(value, Tensor) or any(map(self._depends, leaves)):
+            raise error
+        if self.fake is not None:
+            self.ledger.need_real()
+        self.ledger.add_living(value)
+        return value
+
+    def _depends(self, leaf: Any) -> bool:
+        return self.ledger.knows(leaf) or isinstance(leaf, TracedInt | TracedFloat)
 
     def _fact(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
     ) -> Any:
         """An attribute that is no tensor: symbolic if a size, else a constant."""
         value = func(*args, **kwargs)
+        if name == "requires_grad":  # nothing does while values are computed
+            return value or self.ledger.has_history(args[0])
         if name != "shape" or not self.ledger.knows(args[0]):
             return value
         node = self.ledger.scalar_node("call_function", getattr, (args[0], "shape"), {})
@@ -155,10 +176,7 @@ class Recorder(TorchFunctionMode):
             )
             return value
         sized = name in _SYMBOLIC
-        known = any(
-            self.ledger.knows(leaf) or isinstance(leaf, TracedInt | TracedFloat)
-            for leaf in tree_leaves((args, kwargs))
-        )
+        known = any(map(self._depends, tree_leaves((args, kwargs))))
         if not sized or not known:
             return value
         if isinstance(value, bool):

@@ -8,9 +8,11 @@ values in every recording is what it came from.
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,11 +59,13 @@ def at_other_sizes(
         other_args, other_kwargs = tree_map(change, (args, kwargs))
         constants, real = recorded.constants, recorded.real
         try:
-            return trace(model, other_args, other_kwargs, table, constants, real=real)
+            values = "real" if real else "fake"
+            with _quiet():
+                return trace(model, other_args, other_kwargs, table, constants, values)
         except Exception:  # the model refuses this size
             return None
 
-    one = again(lambda value: _longer(_more_samples(value))) or again(_more_samples)
+    one = again(lambda value: _longer(_more(value))) or again(_more)
     if one is None:
         return []
     node = _first_parting(recorded.graph, one.graph)
@@ -69,12 +73,23 @@ def at_other_sizes(
         return [Specialization("iteration", node.name, source_of(node))]
     if _Restorer(recorded, [one]).lost():
         # One change at a time tells sizes apart that the first recording doubled alike.
-        others = [again(_more_samples), again(_longer), one]
+        others = [one, *(again(change) for change in _CHANGES)]
         alike = [o for o in others if o is not None and _alike(recorded, o)]
         restorer = _Restorer(recorded, alike)
         restorer.run()
-        return restorer.missed
+        return restorer.notes
     return []
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Torch logs a traceback where a model refuses a size; here that is no news."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def _alike(recorded: Trace, other: Trace) -> bool:
@@ -103,7 +118,7 @@ class _Restorer:
         self.graph = recorded.graph
         self.pairs = [_matched(recorded.graph, o.graph) for o in others]
         self.reader = next(iter(self.graph.nodes))
-        self.missed: list[Specialization] = []
+        self.notes: list[Specialization] = []
         # Values over all recordings -> the first node that has them.
         self.sources: dict[tuple[Any, ...], Node] = {}
         numbers = [other.numbers for other in others]
@@ -148,6 +163,8 @@ class _Restorer:
             return one
         if isinstance(one, tuple | list):
             if any(len(value) != len(one) for value in values):
+                source = source_of(self.reader)
+                self.notes.append(Specialization("number", str(one), source))
                 return one
             parts = [self._argument(list(p)) for p in zip(*values, strict=True)]
             kind: Any = type(one)
@@ -167,20 +184,23 @@ class _Restorer:
         known = self.sources.get(_key(values))
         if known is not None:
             return known
-        made = self._made(values)
+        made, source = self._made(values), source_of(self.reader)
         if made is None:
-            source = source_of(self.reader)
-            self.missed.append(Specialization("number", str(values[0]), source))
+            self.notes.append(Specialization("number", str(values[0]), source))
             return values[0]
+        text = f"{values[0]}, taken for {made.name}({made.args})"
+        self.notes.append(Specialization("number", text, source))
         self.sources[_key(values)] = made
         return made
 
     def _made(self, values: tuple[Any, ...]) -> Node | None:
-        """A node that computes a number with these values from one that is known."""
+        """A node that computes a number with these values from one that is known.
+
+        A formula counts only where it holds for three values or more.
+        """
+        if len(set(values)) < 3:
+            return None
         for (_, *key), node in list(self.sources.items()):
-            for function in _FUNCTIONS:
-                if min(key) > 0 and _same(values, map(function, key)):
-                    return self.graph.call_function(function, (node,))
             for function, inverse, swapped in _WITH_CONSTANT:
                 if 0 in key:
                     continue
@@ -189,6 +209,9 @@ class _Restorer:
                 if _same(values, (function(*pair) for pair in pairs)):
                     args = (constant, node) if swapped else (node, constant)
                     return self.graph.call_function(function, args)
+            for function in _FUNCTIONS:
+                if min(key) > 0 and _same(values, map(function, key)):
+                    return self.graph.call_function(function, (node,))
         return None
 
 
@@ -223,17 +246,33 @@ def _key(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return type(values[0]), *values
 
 
-def _more_samples(value: Any) -> Any:
-    """Twice as many along the first dimension."""
-    return (
-        torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim else value
-    )
+def _more(value: Any, extra: int | None = None) -> Any:
+    """More samples: as many again, or some."""
+    return _grown(value, extra, (0,))
 
 
-def _longer(value: Any) -> Any:
+def _longer(value: Any, extra: int | None = None) -> Any:
     """Longer sequences, or larger images, volumes and videos."""
-    if not isinstance(value, Tensor) or value.ndim < 2:
+    ndim = value.ndim if isinstance(value, Tensor) else 0
+    return _grown(value, extra, tuple(range(2, ndim)) if ndim > 3 else (1,))
+
+
+def _grown(value: Any, extra: int | None, dims: tuple[int, ...]) -> Any:
+    if not isinstance(value, Tensor) or value.ndim <= max(dims):
         return value
-    for dim in range(2, value.ndim) if value.ndim > 3 else (1,):
-        value = torch.cat([value, value], dim)
+    for dim in dims:
+        more = value if extra is None else value.narrow(dim, 0, extra)
+        value = torch.cat([value, more], dim)
     return value
+
+
+# One change at a time tells sizes apart that a recording doubled alike. One more tells
+# a half of a size from its half rounded down; three times as much, a line from a curve.
+_CHANGES: tuple[Callable[[Any], Any], ...] = (
+    _more,
+    _longer,
+    lambda value: _more(value, 1),
+    lambda value: _longer(value, 1),
+    lambda value: _more(_more(value), 1),
+    lambda value: _longer(_longer(value)),
+)

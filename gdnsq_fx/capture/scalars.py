@@ -89,11 +89,16 @@ def plain(value: Any) -> Any:
     return value
 
 
+_BINARY = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
+_BITWISE = ("and", "or", "xor", "lshift", "rshift")
+
+
 def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
-    function = getattr(operator, name)
+    kinds: Any = int if name in _BITWISE else (int, float)
+    function = getattr(operator, name, None) or getattr(operator, f"{name}_")
 
     def recorded(self: Any, other: Any, *modulus: Any) -> Any:
-        if modulus or not isinstance(other, int | float):
+        if modulus or not isinstance(other, kinds):
             return NotImplemented
         args = (other, self) if reflected else (self, other)
         return self.recorder.scalar(function, args, function(*map(plain, args)))
@@ -134,13 +139,12 @@ def _divmod(self: Any, other: Any) -> Any:
     return self // other, self % other
 
 
-_BINARY = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
 _COMPARED = ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__bool__")
 
 
 def _equip(kind: type, base: type) -> None:
     """Give a traced number its recorded arithmetic."""
-    for name in _BINARY:
+    for name in (*_BINARY, *(_BITWISE if base is int else ())):
         setattr(kind, f"__{name}__", _arithmetic(name, False))
         setattr(kind, f"__r{name}__", _arithmetic(name, True))
     kind.__divmod__ = _divmod

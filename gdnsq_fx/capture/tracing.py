@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Literal, cast
 from unittest import mock
 
 import torch
@@ -19,7 +19,12 @@ from torch.fx import Graph, Node
 
 from gdnsq_fx.capture.entry import Entry
 from gdnsq_fx.capture.helpers import AppliedFunction, add_helper
-from gdnsq_fx.capture.leaves import is_bare, is_like_input, stays_whole
+from gdnsq_fx.capture.leaves import (
+    has_backward_hooks,
+    is_bare,
+    is_like_input,
+    stays_whole,
+)
 from gdnsq_fx.capture.ledger import Mark, NeedsRealValues
 from gdnsq_fx.capture.recorder import Recorder, Specialization
 from gdnsq_fx.capture.scalars import plain
@@ -65,8 +70,7 @@ def trace(
     kwargs: dict[str, Any],
     table: OpTable,
     constants: Mapping[str, Tensor] = MappingProxyType({}),
-    *,
-    real: bool = False,
+    values: Literal["fake first", "fake", "real"] = "fake first",
 ) -> Trace:
     """Record the model, in the mode it is in, on an example input.
 
@@ -79,16 +83,16 @@ def trace(
         args, kwargs: the example input.
         table: which operations must not be hidden in a module.
         constants: tensors that an earlier recording found and named.
-        real: begin with real values.
+        values: whether to compute real values: only where needed, never, or always.
     """
     on_meta = any(p.is_meta for p in model.parameters())
-    if not real and not on_meta:
+    if values != "real" and not on_meta:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         tracer = _Tracer(model, Recorder(model, fake, constants), table)
         try:
             return tracer.run(args, kwargs)
         except Exception:
-            if not tracer.recorder.ledger.needs_real:
+            if values == "fake" or not tracer.recorder.ledger.needs_real:
                 raise
     return _Tracer(model, Recorder(model, None, constants), table).run(args, kwargs)
 
@@ -178,7 +182,10 @@ class _Tracer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if stays_whole(module) and path:
+        if path and (stays_whole(module) or self._is_layer(module)):
+            return self._whole(module, path, args, kwargs)
+        if path and has_backward_hooks(module):
+            self.opaque[path] = "has backward hooks"
             return self._whole(module, path, args, kwargs)
         before = self.recorder.ledger.versions((args, kwargs))
         try:
@@ -190,6 +197,13 @@ class _Tracer:
         if path and is_bare(module) and self._can_close(mark, output):
             return self._closed(path, mark, args, kwargs, output, before)
         return output
+
+    def _is_layer(self, module: nn.Module) -> bool:
+        """A module of the user's with a row of its own, which says how to open it."""
+        if type(module).__module__.startswith("torch.nn."):
+            return False
+        row = self.table.find_module(module)
+        return row is not None and type(module) in row.modules
 
     def _whole(
         self,

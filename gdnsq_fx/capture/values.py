@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -124,7 +125,7 @@ def map_parts(
 def _without_class(value: Any) -> Any:
     """A number of a class of its own (NumPy's, an enum's) as Python's number."""
     kinds = (bool, int, float, complex)
-    base = next((kind for kind in kinds if isinstance(value, kind)), None)
+    base: Any = next((kind for kind in kinds if isinstance(value, kind)), None)
     return value if base is None or type(value) is base else base(value)
 
 
@@ -146,6 +147,8 @@ def _mapping(value: Any, again: Callable[[Any], Any], call: Callable[..., Node])
     plain = {key: again(part) for key, part in value.items()}
     if type(value) is dict:
         return plain
+    if isinstance(value, defaultdict):
+        return call("call_function", type(value), (None, plain), {})
     return call("call_function", type(value), (plain,), {})
 
 
