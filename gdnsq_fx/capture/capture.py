@@ -108,7 +108,9 @@ def _shell_of(model: nn.Module) -> nn.Module:
     """The same parameters and sub-modules under a new root, which may be added to."""
     if isinstance(model, GraphModule):
         return model  # its own copies do not keep what a subclass adds
-    shell = copy.copy(model)
+    # Not copy.copy: a parametrized module refuses it.
+    shell = object.__new__(type(model))
+    vars(shell).update(vars(model))
     for kind in ("_modules", "_parameters", "_buffers"):
         vars(shell)[kind] = dict(vars(model)[kind])
     return shell

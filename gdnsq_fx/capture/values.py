@@ -166,9 +166,8 @@ def _sequence(
     if isinstance(value, list):
         return parts
     if hasattr(value, "_fields"):
-        # A class of its own above the named tuple may look at the parts.
-        plain = kind.__bases__ == (tuple,)
-        return kind(*parts) if plain else call("call_function", kind, (*parts,), {})
+        # Built by a call: its class may look at the parts, and code must name it.
+        return call("call_function", kind, (*parts,), {})
     if exact and kind is not tuple:  # torch.Size, torch.return_types
         return call("call_function", kind, (parts,), {})
     return tuple(parts)
