@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +17,7 @@ from gdnsq_fx.errors import PassError
 from gdnsq_fx.inputs import batch_size
 from gdnsq_fx.opinfo import OpInfo
 from gdnsq_fx.quantize.quantizer import Quantizer
-from gdnsq_fx.state import cloned, preserved_state
+from gdnsq_fx.state import cloned, preserved_state, without_fast_path
 
 from ._base import Pass, placeholder_values
 
@@ -78,7 +76,7 @@ class _ShapeRecorder(Interpreter):
         if n.op == "call_module" and not weights:
             return super().run_node(n)
         counter = FlopCounterMode(display=False)
-        with _without_fast_path(), counter:
+        with without_fast_path(), counter:
             value = super().run_node(n)
         counted = counter.get_total_flops() // 2 // max(self.batch, 1)
         if counted or weights:
@@ -93,18 +91,6 @@ def _weight_elements(module: nn.Module | None) -> int:
     if module is None or isinstance(module, Quantizer | ParametrizationList):
         return 0
     return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
-
-
-@contextmanager
-def _without_fast_path() -> Generator[None]:
-    """The fused attention hides its matrix products from the counter."""
-    mha = torch.backends.mha
-    enabled = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        mha.set_fastpath_enabled(enabled)
 
 
 def _count_macs(node: Node, owner: GraphModule) -> None:
