@@ -1,4 +1,8 @@
-"""PropagateShapes: run the example once and note the shape of every value, and MACs."""
+"""PropagateShapes: note the shape of every value for an example input, and MACs.
+
+Runs on fake tensors (shapes without data), and on the example itself where the graph
+reads data.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node, map_arg
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdnsq_fx.annotations import KEY, annotate, described, facts
@@ -35,15 +40,28 @@ class PropagateShapes(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Facts only; buffers and the random state are left as they were."""
-        args, kwargs = cloned((self.args, self.kwargs))
-        values = placeholder_values(graph_module, args, kwargs)
-        batch = batch_size(self.args, self.kwargs)
-        with preserved_state(graph_module), torch.no_grad():
-            graph_module.eval()
-            _ShapeRecorder(graph_module, batch).run(*values)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+                self._run(graph_module, fake)
+        except Exception:  # it reads data, or an operation has no fake version
+            self._run(graph_module, None)
         for node in graph_module.graph.nodes:
             _count_macs(node, graph_module)
         return False
+
+    def _run(self, graph_module: GraphModule, fake: FakeTensorMode | None) -> None:
+        """Real values are cloned: a forward may write into its input."""
+        example = (self.args, self.kwargs)
+        args, kwargs = cloned(example) if fake is None else _faked(example, fake)
+        values = placeholder_values(graph_module, args, kwargs)
+        with preserved_state(graph_module), torch.no_grad():
+            graph_module.eval()
+            batch = batch_size(self.args, self.kwargs)
+            _ShapeRecorder(graph_module, batch).run(*values)
+
+
+def _faked(tree: Any, fake: FakeTensorMode) -> Any:
+    return tree_map_only(Tensor, fake.from_tensor, tree)
 
 
 class _ShapeRecorder(Interpreter):

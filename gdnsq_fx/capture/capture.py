@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from gdnsq_fx.annotations import annotate
 from gdnsq_fx.capture.captured import CapturedModule, CaptureFacts, mode_exceptions
 from gdnsq_fx.capture.modes import merged
-from gdnsq_fx.capture.resizing import at_other_sizes
+from gdnsq_fx.capture.resizing import at_other_sizes, same_calls
 from gdnsq_fx.capture.self_check import Observation, observe, self_check
 from gdnsq_fx.capture.tracing import Trace, trace
 from gdnsq_fx.errors import CaptureError
@@ -69,7 +69,7 @@ def _checked(
     shell = _shell_of(model)  # what a recording adds is its own
     graph, facts = _recorded(shell, args, kwargs, table, real=real)
     captured = _built(shell, graph, facts)
-    self_check(seen, shell, captured)
+    self_check(seen, shell, captured, (args, kwargs))
     return captured
 
 
@@ -141,7 +141,9 @@ def _recorded(
             # targets), or the self-check finds the difference.
             training = evaluation
         fixed = at_other_sizes(model.eval(), evaluation, args, kwargs, table)
-        if training is not evaluation:
+        # Where evaluation lost no number, the same calls in training lose none.
+        other = training is not evaluation
+        if other and (fixed or not same_calls(evaluation, training)):
             fixed += at_other_sizes(model.train(), training, args, kwargs, table)
     # As plain tensors: a parameter would become one of the captured model.
     vars(model).update({n: t.detach() for n, t in training.constants.items()})

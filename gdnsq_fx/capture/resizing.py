@@ -81,6 +81,14 @@ def at_other_sizes(
     return []
 
 
+def same_calls(first: Trace, second: Trace) -> bool:
+    """Whether two recordings make the same calls with the same numbers."""
+    if _first_parting(first.graph, second.graph) is not None:
+        return False
+    pairs = _matched(first.graph, second.graph)
+    return all(_plain_numbers(n) == _plain_numbers(twin) for n, twin in pairs.items())
+
+
 @contextmanager
 def _quiet() -> Generator[None]:
     """Torch logs a traceback where a model refuses a size; here that is no news."""

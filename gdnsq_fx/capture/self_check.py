@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from gdnsq_fx.capture.captured import CapturedModule
 from gdnsq_fx.capture.first_difference import first_difference
@@ -31,66 +32,82 @@ class Observation(NamedTuple):
     Attributes:
         training: the mode.
         inputs: ``(args, kwargs)``.
-        same_size: whether they have the batch size of the example.
+        is_example: whether they are the example itself, not other samples and sizes.
         output: flattened, or the error that the model raised.
     """
 
     training: bool
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    same_size: bool
+    is_example: bool
     output: _Output | Exception
 
 
 def observe(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Observation]:
-    """Run the model in both modes, on the example and on other samples and batches.
+    """Run the model in both modes, on another batch of other values.
 
-    Of a large batch the first samples stand for all. Every run begins with the same
-    random state, and leaves buffers and the random state as they were.
+    The example itself is run where it is small, or where the other batch does not stand
+    for it: a model that builds layers on its first call must see the size that they are
+    for. Every run begins with the same random state, and leaves buffers and the random
+    state as they were.
 
     Raises:
         CaptureError: the model fails on the example itself in evaluation.
     """
     example = args, kwargs
-    other = _other_batch(example)
-    found = [
-        Observation(
-            training,
-            inputs,
-            inputs is example,
-            _outputs(model, model, training, inputs),
-        )
-        for training, inputs in ((False, example), (False, other), (True, other))
-    ]
-    if isinstance(found[0].output, Exception):
+    other = tree_map(_other_samples, example)
+    seen: list[Observation] = []
+    if not _is_large(example) or _builds(model):
+        seen.append(_observed_example(model, example))
+    for training in (False, True):
+        output = _outputs(model, model, training, other)
+        seen.append(Observation(training, other, False, output))
+    if not seen[0].is_example and isinstance(seen[0].output, Exception):
+        seen.append(_observed_example(model, example))
+    return seen
+
+
+def _observed_example(
+    model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]
+) -> Observation:
+    output = _outputs(model, model, False, example)
+    if isinstance(output, Exception):
         raise CaptureError(
-            f"{type(model).__name__} fails on the example input: {found[0].output}. "
+            f"{type(model).__name__} fails on the example input: {output}. "
             "Check example_input: a tensor, a tuple of arguments or a dict of keywords"
-        ) from found[0].output
-    return found
+        ) from output
+    return Observation(False, example, True, output)
 
 
 def self_check(
-    seen: list[Observation], model: nn.Module, captured: CapturedModule
+    seen: list[Observation],
+    model: nn.Module,
+    captured: CapturedModule,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
 ) -> None:
     """Compare the graph with what the model was observed to do.
+
+    Args:
+        seen: what `observe` returned.
+        model, captured: the model and its graph.
+        example: ``(args, kwargs)``, run where the graph fails on other samples only.
 
     Raises:
         CaptureError: outputs differ by more than 1e-4 of their range, or only the
             graph fails. Where that is so for another batch size alone, the graph is
             specialized, which is a `CaptureWarning`.
     """
-    for one in seen:
-        if isinstance(one.output, Exception):
-            continue  # the model refuses this input or mode in eager as well
-        got = _outputs(captured, model, one.training, one.inputs)
-        cause = _difference(one.output, got)
-        if cause is None:
-            continue
+    found = [(one, _parting(one, model, captured)) for one in seen]
+    wrong = [(one, cause) for one, cause in found if cause is not None]
+    if wrong and not any(one.is_example for one in seen):
+        one = _observed_example(model, example)
+        cause = _parting(one, model, captured)
+        wrong = [(one, cause), *wrong] if cause is not None else wrong
+    for one, cause in wrong:
         mode = "training" if one.training else "evaluation"
         where = first_difference(model, captured, one.inputs, one.training)
-        if one.same_size:
+        if one.is_example:
             raise CaptureError(
                 f"the captured graph {cause} in {mode}{where}. The model's control "
                 "flow depends on data in a way that one graph cannot hold; move that "
@@ -103,6 +120,15 @@ def self_check(
             CaptureWarning,
             stacklevel=2,
         )
+
+
+def _parting(
+    one: Observation, model: nn.Module, captured: CapturedModule
+) -> str | None:
+    """How the graph differs from what was observed, None where it does not."""
+    if isinstance(one.output, Exception):
+        return None  # the model refuses this input or mode in eager as well
+    return _difference(one.output, _outputs(captured, model, one.training, one.inputs))
 
 
 def _specializations(captured: CapturedModule) -> str:
@@ -169,15 +195,22 @@ def _close(wanted: Any, got: Any) -> bool:
     return torch.allclose(wanted, got, 0.0, RELATIVE_TOLERANCE * scale, equal_nan=True)
 
 
-_FEW = 3
+# As many samples as a BatchNorm over single values needs to train.
+_FEW = 2
 
 
-def _other_batch(example: Any) -> Any:
-    """Another batch size and other values: three samples of many, or twice a few."""
-    return tree_map(_other_samples, example)
+def _is_large(example: Any) -> bool:
+    """Whether a few samples cost less than the example."""
+    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    return any(t.ndim > 0 and t.shape[0] > _FEW for t in tensors)
+
+
+def _builds(model: nn.Module) -> bool:
+    return any(is_lazy(t) for t in (*model.parameters(), *model.buffers()))
 
 
 def _other_samples(value: Any) -> Any:
+    """Another batch size, other values: the first of many samples, or a few twice."""
     if not isinstance(value, Tensor) or not value.ndim:
         return value
     more = value[:_FEW] if value.shape[0] > _FEW else torch.cat([value, value])

@@ -76,7 +76,37 @@ def test_another_batch_is_compared_and_is_a_warning() -> None:
     model = _AnyRows()
     seen = observe(model, (_X,), {})
     with pytest.warns(CaptureWarning, match=r"on another batch it fails.*shape"):
-        self_check(seen, model, CapturedModule(model, graph))
+        self_check(seen, model, CapturedModule(model, graph), ((_X,), {}))
+
+
+class _Counting(_Linear):
+    """Notes how many samples each call in Python gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.shape[0])
+        return self.fc(x)
+
+
+def test_a_few_samples_stand_for_a_large_example() -> None:
+    model = _Counting()
+    seen = observe(model, (torch.randn(64, 4),), {})
+    assert model.seen == [2, 2]
+    assert [(one.training, one.is_example) for one in seen] == [
+        (False, False),
+        (True, False),
+    ]
+
+
+def test_an_example_that_others_do_not_stand_for_is_run_itself() -> None:
+    model = _Rows()
+    seen = observe(model, (_X,), {})  # 4 rows; eager refuses 2
+    assert [one.is_example for one in seen] == [False, False, True]
+    with pytest.raises(CaptureError, match="fails on the example"):
+        observe(model, (torch.randn(8, 4),), {})
 
 
 class _Twice(_Linear):
@@ -98,7 +128,7 @@ def test_a_wrong_graph_is_an_error_that_names_the_first_node(mode: bool) -> None
     factor.args = (factor.args[0], 3.0)
     captured.recompile()
     with pytest.raises(CaptureError, match=r"other values.*first at fc \(.*\.py:\d+\)"):
-        self_check(observe(model, (_X,), {}), model, captured)
+        self_check(observe(model, (_X,), {}), model, captured, ((_X,), {}))
 
 
 def test_a_graph_that_fails_is_an_error() -> None:
@@ -107,7 +137,7 @@ def test_a_graph_that_fails_is_an_error() -> None:
     next(n for n in captured.graph.nodes if n.name == "act").target = "fc.weight"
     captured.recompile()
     with pytest.raises(CaptureError, match="the captured graph fails"):
-        self_check(observe(model, (_X,), {}), model, captured)
+        self_check(observe(model, (_X,), {}), model, captured, ((_X,), {}))
 
 
 def test_outputs_that_are_not_finite_are_compared_too() -> None:
@@ -150,7 +180,7 @@ def test_dataclasses_are_compared_field_by_field() -> None:
     assert isinstance(captured(_X), _Answer)
     model = _OtherHidden()
     with pytest.raises(CaptureError, match="returns other values"):
-        self_check(observe(model, (_X,), {}), model, captured)
+        self_check(observe(model, (_X,), {}), model, captured, ((_X,), {}))
 
 
 def test_preserved_state_restores_buffers_modes_and_random_state() -> None:

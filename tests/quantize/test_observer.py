@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.errors import CalibrationError
-from gdnsq_fx.quantize.observer import SAMPLE_SIZE, Observer
+from gdnsq_fx.quantize.observer import SAMPLE_SIZE, Observer, _squared_errors
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer
 from gdnsq_fx.spec import QuantSpec
 
@@ -63,6 +63,15 @@ def test_chosen_range_is_never_worse_than_the_full_one(bits: int) -> None:
     full = ActivationQuantizer("full", quantizer.spec, nonnegative=False)
     full.cover(float(values.min()), float(values.max()), bits)
     assert _error(quantizer, values) <= _error(full, values) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 5, 8])
+def test_errors_of_all_ranges_equal_those_value_by_value(bits: int) -> None:
+    values = torch.randn(3000, generator=torch.Generator().manual_seed(bits)).double()
+    levels = torch.stack([torch.linspace(-s, 2 * s, 2**bits) for s in (0.1, 1, 3)])
+    errors = _squared_errors(values.sort().values, levels.double())
+    distances = (values[:, None, None] - levels.double()).abs().amin(2)
+    torch.testing.assert_close(errors, distances.square().sum(0))
 
 
 def test_nonnegative_values_start_at_zero() -> None:
