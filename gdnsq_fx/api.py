@@ -41,6 +41,7 @@ from gdnsq_fx.passes import (
 )
 from gdnsq_fx.sites import require_quantizers
 from gdnsq_fx.spec import QuantConfig
+from gdnsq_fx.state import is_on_meta
 
 
 def prepare(
@@ -68,7 +69,9 @@ def prepare(
 
     Returns:
         A GraphModule in the model's mode whose ``state_dict()`` holds every key of the
-        model's, plus ``quantizers.*``.
+        model's, plus ``quantizers.*``. Of a model on the meta device, which has no
+        values, the quantizers are not calibrated yet: after ``to_empty`` and
+        ``load_state_dict(..., strict=False)`` run ``gdnsq_fx.passes.Calibrate``.
 
     Raises:
         CaptureError, ConfigError, PatternError, NothingToQuantizeError,
@@ -83,6 +86,11 @@ def prepare(
             "the model was prepared or converted before; prepare the original model"
         )
     inputs = InputStructure.of(example_input)
+    facts = ModelFacts(config, inputs, fold_batch_norm)
+    if is_on_meta(model):
+        _warn_of_meta(calibration)
+        captured = _captured(model, example_input, facts, table, inplace=inplace)
+        return run_passes(captured, _insertion(example_input, facts, table))
     if calibration is None:
         calibration = [example_input]
         warnings.warn(
@@ -90,7 +98,6 @@ def prepare(
             "pass calibration=batches of real data",
             stacklevel=2,
         )
-    facts = ModelFacts(config, inputs, fold_batch_norm)
     captured = _captured(model, example_input, facts, table, inplace=inplace)
     insertion = _insertion(example_input, facts, table)
     return run_passes(captured, (*insertion, Calibrate(calibration, inputs)))
@@ -185,6 +192,19 @@ def load(
         raise checkpoint.other_model(contents, str(error)) from error
     checkpoint.place_levels(skeleton, contents)
     return checkpoint.fill(convert(skeleton), contents)
+
+
+def _warn_of_meta(calibration: Iterable[Any] | None) -> None:
+    if calibration is not None:
+        raise ConfigError(
+            "a model on the meta device has no values to calibrate with; leave "
+            "calibration out and run gdnsq_fx.passes.Calibrate once it has weights"
+        )
+    warnings.warn(
+        "the model is on the meta device: its quantizers are not calibrated; load the "
+        "weights, then run gdnsq_fx.passes.Calibrate",
+        stacklevel=3,
+    )
 
 
 def _checked_config(config: object) -> QuantConfig:

@@ -71,6 +71,11 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
                 _refill(container, before)
 
 
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether any parameter or buffer has a shape but no values."""
+    return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
 def cloned(tree: Any) -> Any:
     """The same structure with every tensor cloned: a model may write into its input."""
     return tree_map(_clone, tree)

@@ -25,7 +25,7 @@ from gdnsq_fx.sites import (
     require_quantizers,
     weight_sites,
 )
-from gdnsq_fx.state import preserved_state
+from gdnsq_fx.state import is_on_meta, preserved_state
 
 from ._base import Pass, check_finite
 
@@ -44,8 +44,14 @@ class Calibrate(Pass):
     inputs: InputStructure
 
     def requires(self, graph_module: GraphModule) -> None:
-        """There are quantizers."""
+        """There are quantizers, and values for them."""
         require_quantizers(graph_module, self.name)
+        if is_on_meta(graph_module):
+            raise CalibrationError(
+                "the model has tensors on the meta device, which hold no values; call "
+                'to_empty(device="cpu") and load_state_dict(weights, strict=False) '
+                "before Calibrate"
+            )
 
     def ensures(self, graph_module: GraphModule) -> None:
         """Every quantizer has finite parameters."""

@@ -30,7 +30,7 @@ from gdnsq_fx.capture.recorder import Recorder, Specialization
 from gdnsq_fx.capture.scalars import plain
 from gdnsq_fx.capture.values import Untraceable
 from gdnsq_fx.opinfo import OpTable
-from gdnsq_fx.state import preserved_state
+from gdnsq_fx.state import is_on_meta, preserved_state
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ def trace(
         constants: tensors that an earlier recording found and named.
         values: whether to compute real values: only where needed, never, or always.
     """
-    on_meta = any(p.is_meta for p in model.parameters())
-    if values != "real" and not on_meta:
+    if values != "real" and not is_on_meta(model):
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         tracer = _Tracer(model, Recorder(model, fake, constants), table)
         try:
