@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from gdnsq_fx.errors import ConfigError, PatternError
+from gdnsq_fx.errors import ConfigError
+from gdnsq_fx.patterns import any_matches, matches, patterns_of, require_match
 
 Estimator = Literal["ste", "lsq", "ewgs", "aewgs"]
 Offset = Literal["free", "half_step", "integer"]
 Scope = Literal["compute", "full"]
 
 MIN_BITS, MAX_BITS = 1, 16
-OPERATION_PREFIX = "op:"
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,13 @@ class QuantConfig:
         _check_flag("per_channel", self.per_channel)
         _check_choice("scope", self.scope, get_args(Scope))
         _check_flag("strict", self.strict)
-        object.__setattr__(self, "include", _patterns("include", self.include))
-        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        object.__setattr__(self, "include", patterns_of("include", self.include))
+        object.__setattr__(self, "exclude", patterns_of("exclude", self.exclude))
         object.__setattr__(self, "overrides", _overrides(self.overrides))
 
     def selects(self, layer: str, operation: str) -> bool:
         """Whether include and exclude select this layer (name, operation name)."""
-        return _any(self.include, layer, operation) and not _any(
+        return any_matches(self.include, layer, operation) and not any_matches(
             self.exclude, layer, operation
         )
 
@@ -185,14 +184,9 @@ class QuantConfig:
             PatternError: names the pattern, its field and the layers there are.
         """
         known = list(layers)
-        for owner, patterns in (
-            ("include", self.include),
-            ("exclude", self.exclude),
-            ("overrides", tuple(self.overrides)),
-        ):
-            for pattern in patterns:
-                if pattern != "*" and not any(matches(pattern, *one) for one in known):
-                    raise PatternError(_no_match(owner, pattern, known))
+        require_match("include", self.include, known)
+        require_match("exclude", self.exclude, known)
+        require_match("overrides", self.overrides, known)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it back."""
@@ -209,18 +203,6 @@ class QuantConfig:
             return QuantConfig(**values)
         except TypeError as error:
             raise ConfigError(f"not a QuantConfig: {error}") from error
-
-
-def matches(pattern: str, layer: str, operation: str) -> bool:
-    """Whether a pattern selects a layer by name or, after ``op:``, by operation."""
-    if pattern.startswith(OPERATION_PREFIX):
-        return fnmatchcase(operation, pattern.removeprefix(OPERATION_PREFIX))
-    # A layer that is called again is "name#2"; its plain name stands for every call.
-    return fnmatchcase(layer, pattern) or fnmatchcase(layer.partition("#")[0], pattern)
-
-
-def _any(patterns: Iterable[str], layer: str, operation: str) -> bool:
-    return any(matches(pattern, layer, operation) for pattern in patterns)
 
 
 def _fields(override: Override | Mapping[str, Any]) -> dict[str, Any]:
@@ -249,18 +231,6 @@ def _override(pattern: str, given: Override | Mapping[str, Any]) -> Override:
         ) from error
 
 
-def _patterns(name: str, given: object) -> tuple[str, ...]:
-    if isinstance(given, str):
-        raise ConfigError(
-            f"{name} is a sequence of patterns, got the string {given!r}; "
-            f"write {name}=({given!r},)"
-        )
-    patterns: tuple[object, ...] = tuple(given) if isinstance(given, Iterable) else ()
-    if not isinstance(given, Iterable) or not all(isinstance(p, str) for p in patterns):
-        raise ConfigError(f"{name} is a sequence of strings, got {given!r}")
-    return tuple(str(pattern) for pattern in patterns)
-
-
 def _check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, got {value!r}")
@@ -278,14 +248,3 @@ def _check_bits(name: str, bits: object) -> None:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _no_match(owner: str, pattern: str, known: list[tuple[str, str]]) -> str:
-    names = [layer for layer, _ in known]
-    operations = sorted({operation for _, operation in known})
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return (
-        f"{owner}: the pattern {pattern!r} matches no layer. "
-        f"Layers: {shown or 'none'}. "
-        f"Operations (prefix {OPERATION_PREFIX!r}): {', '.join(operations) or 'none'}"
-    )

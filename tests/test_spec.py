@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gdnsq_fx.errors import ConfigError, GdnsqError, PatternError
-from gdnsq_fx.spec import Override, QuantConfig, QuantSpec, matches
+from gdnsq_fx.patterns import matches
+from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
 
 _LAYERS = [("stem", "conv2d"), ("body.0", "conv2d"), ("fc", "linear")]
 _WRONG_BITS = [0, 17, -1, 2.5, 4.0, True, False, "4", None, [4], float("nan")]
