@@ -1,0 +1,123 @@
+"""What a bit assignment costs: bytes and bit operations as functions of the bits.
+
+Both are known from the graph alone, so that thousands of assignments can be compared
+without touching a quantizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from gdnsq_fx.analysis.capacity import FLOAT_BITS
+from gdnsq_fx.annotations import facts
+from gdnsq_fx.budget import Budget
+from gdnsq_fx.sites import WeightSite, quantizer_behind, sites
+
+BYTES_PER_GROUP = 8  # step and offset in 32 bits each
+
+# The edges of the two operands that an operation multiplies, None in floating point.
+Operands = tuple[str | None, str | None]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Sizes of the edges, and which of them meet in which operation.
+
+    Attributes:
+        weights: weight edge -> elements.
+        groups: weight edge -> scale groups.
+        activations: activation edge -> elements per sample.
+        macs: operands -> MACs per sample of all operations that multiply them.
+    """
+
+    weights: Mapping[str, int]
+    groups: Mapping[str, int]
+    activations: Mapping[str, int]
+    macs: Mapping[Operands, int]
+
+    @staticmethod
+    def of(graph_module: GraphModule) -> CostModel:
+        """The costs of a prepared graph."""
+        weights: dict[str, int] = {}
+        groups: dict[str, int] = {}
+        activations: dict[str, int] = {}
+        for site in sites(graph_module):
+            if isinstance(site, WeightSite):
+                weights[site.edge] = site.weight().numel()
+                groups[site.edge] = site.quantizer.log2_step.numel()
+            else:
+                activations[site.edge] = sum(facts(n).elements for n in site.nodes)
+        return CostModel(weights, groups, activations, _macs(graph_module))
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """Weights, then activations."""
+        return (*self.weights, *self.activations)
+
+    def edge_bytes(self, edge: str, bits: int) -> int:
+        """Packed size of a weight; 0 for an activation, which is not stored."""
+        if edge not in self.weights:
+            return 0
+        codes = math.ceil(self.weights[edge] * bits / 8)
+        return codes + BYTES_PER_GROUP * self.groups[edge]
+
+    def weight_bytes(self, bits: Mapping[str, int]) -> int:
+        """Bytes of all quantized weights."""
+        return sum(self.edge_bytes(edge, bits[edge]) for edge in self.weights)
+
+    def bops(self, bits: Mapping[str, int]) -> int:
+        """Bit operations per sample."""
+        return sum(
+            macs * math.prod(FLOAT_BITS if e is None else bits[e] for e in operands)
+            for operands, macs in self.macs.items()
+        )
+
+    def costs(self, bits: Mapping[str, int]) -> dict[str, float]:
+        """Everything that a `Budget` may bound, by its name there."""
+        return {
+            "weight_bytes": self.weight_bytes(bits),
+            "bops": self.bops(bits),
+            "mean_weight_bits": _mean(self.weights, bits),
+            "mean_act_bits": _mean(self.activations, bits),
+        }
+
+    def meets(self, bits: Mapping[str, int], budget: Budget) -> bool:
+        """Whether an assignment stays within every bound."""
+        costs = self.costs(bits)
+        return all(costs[name] <= bound for name, bound in budget.bounds.items())
+
+
+def _mean(elements: Mapping[str, int], bits: Mapping[str, int]) -> float:
+    total = sum(elements.values())
+    return sum(n * bits[edge] for edge, n in elements.items()) / total if total else 0.0
+
+
+def _macs(graph_module: GraphModule) -> dict[Operands, int]:
+    found: Counter[Operands] = Counter()
+    for node in graph_module.graph.nodes:
+        known = facts(node)
+        if not known.macs:
+            continue
+        first, second = _operands(graph_module, node)
+        found[first, second] += known.macs - known.inner_macs
+        if known.inner_macs:  # one factor of these never leaves the fused call
+            found[first, None] += known.inner_macs
+    return dict(found)
+
+
+def _operands(graph_module: GraphModule, node: Node) -> Operands:
+    """The quantized operands of an operation; a third one (a bias) adds, as sums do."""
+    op = facts(node).op
+    values: list[object] = []
+    if op is not None and op.is_compute:
+        operands = op.operands(op.bind(node))
+        values = [o.value for o in operands if o.role in ("activation", "weight")]
+    behind = [quantizer_behind(graph_module, value) for value in values]
+    names = [None if quantizer is None else quantizer.edge for quantizer in behind]
+    first, second, *_ = (*names, None, None)
+    return first, second

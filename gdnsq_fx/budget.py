@@ -1,0 +1,51 @@
+"""What a quantized model may cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from gdnsq_fx.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds; those that are None do not bind, at least one must.
+
+    Attributes:
+        weight_bytes: of all quantized weights: packed codes, and one step and offset
+            (8 bytes) for each scale group.
+        bops: bit operations per sample of the whole model, the sum of MACs * weight
+            bits * activation bits; an operand in floating point counts as 32 bits.
+        mean_weight_bits: bits per element over all quantized weights.
+        mean_act_bits: bits per element over all quantized activations.
+
+    Raises:
+        ConfigError: a bound is not a number above 0, or there is none.
+    """
+
+    weight_bytes: float | None = None
+    bops: float | None = None
+    mean_weight_bits: float | None = None
+    mean_act_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        bounds = self.bounds
+        for name, bound in bounds.items():
+            if not _is_bound(bound):
+                raise ConfigError(f"{name} must be a number above 0, got {bound!r}")
+        if not bounds:
+            names = ", ".join(field.name for field in fields(self))
+            raise ConfigError(f"a budget bounds at least one of {names}")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds that bind, by name."""
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: bound for name, bound in every.items() if bound is not None}
+
+
+def _is_bound(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and value > 0
