@@ -6,6 +6,7 @@ out of the wheel, where the package itself lies in this place.
 
 from passes import AnalyzeCapacity as AnalyzeCapacity
 from passes import AnnotateOperations as AnnotateOperations
+from passes import AssignBits as AssignBits
 from passes import Calibrate as Calibrate
 from passes import ExposeWeights as ExposeWeights
 from passes import FoldBatchNorm as FoldBatchNorm

@@ -15,6 +15,7 @@ from ._base import Pass
 from ._pipeline import run_passes
 from .analyze_capacity import AnalyzeCapacity
 from .annotate_operations import AnnotateOperations
+from .assign_bits import AssignBits
 from .calibrate import Calibrate
 from .expose_weights import ExposeWeights
 from .fold_batch_norm import FoldBatchNorm
@@ -26,6 +27,7 @@ from .propagate_shapes import PropagateShapes
 __all__ = [
     "AnalyzeCapacity",
     "AnnotateOperations",
+    "AssignBits",
     "Calibrate",
     "ExposeWeights",
     "FoldBatchNorm",
