@@ -33,7 +33,7 @@ class AssignBits(Pass):
         unknown = [edge for edge in self.bits if edge not in known]
         if unknown:
             raise PassError(
-                f"AssignBits: no edge is called {', '.join(unknown[:5])}; the edges are "
+                f"AssignBits: no edge is called {', '.join(unknown[:5])}; there are "
                 f"{', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
             )
 
