@@ -1,0 +1,257 @@
+"""Three trained models with real data, for the benchmark of the ranking of edges."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gdnsq_fx.demo.digits import load_digits_split, train_digits
+from gdnsq_fx.demo.network import DigitsNet
+from gdnsq_fx.demo.seeding import seeded
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trained model and what it is measured on.
+
+    Attributes:
+        name: as the table shows it.
+        model: in evaluation.
+        calibration: batches that place the levels.
+        batches: batches that the analysis sees, apart from those.
+        quality: accuracy or loss of the model, in words.
+    """
+
+    name: str
+    model: nn.Module
+    calibration: list[Tensor]
+    batches: list[Tensor]
+    quality: str
+
+
+def digits_case(samples: int) -> Case:
+    """The network of the demo on scikit-learn's digits."""
+    data = load_digits_split()
+    model = DigitsNet()
+    accuracy = train_digits(model, data)
+    return Case(
+        "digits CNN",
+        model.eval(),
+        list(data.train_images[:512].split(64)),
+        list(data.test_images[:samples].split(64)),
+        f"{accuracy:.2f} % of the test images",
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions; the shortcut subsamples and pads channels with zeros."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.missing = outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.missing:
+            half = self.missing // 2
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
+        return F.relu(out + x)
+
+
+class ResNet20(nn.Module):
+    """The CIFAR ResNet-20 of He et al., section 4.2 (arXiv 1512.03385)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._layer(16, 16, 1)
+        self.layer2 = self._layer(16, 32, 2)
+        self.layer3 = self._layer(32, 64, 2)
+        self.linear = nn.Linear(64, 10)
+
+    def _layer(self, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        rest = (BasicBlock(outputs, outputs, 1) for _ in range(2))
+        return nn.Sequential(BasicBlock(inputs, outputs, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [B, 3, 32, 32] to logits [B, 10]."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def resnet20_case(data: Path, work: Path, samples: int) -> Case:
+    """ResNet-20 trained on CIFAR-10; images spread evenly over the ten classes.
+
+    Args:
+        data: folder with ``cifar10-jpeg.tar.xz`` and the weights.
+        work: where the images are unpacked once.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    from safetensors.torch import load_file
+
+    model = ResNet20()
+    state = load_file(data / "resnet20-cifar10-jpeg-fp.safetensors")
+    model.load_state_dict(state)
+    folder = _unpacked(data / "cifar10-jpeg.tar.xz", work / "cifar10")
+    calibration, _ = _images(folder / "train", 512)
+    images, labels = _images(folder / "test", samples)
+    model.eval()
+    with torch.no_grad():
+        right = (model(images).argmax(1) == labels).float().mean()
+    return Case(
+        "ResNet-20",
+        model,
+        list(calibration.split(64)),
+        list(images.split(64)),
+        f"{100 * float(right):.1f} % of these images",
+    )
+
+
+def _unpacked(archive: Path, folder: Path) -> Path:
+    """The images, unpacked where that was not done before."""
+    done = folder / "done"
+    if not done.exists():
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder, filter="data")
+        done.touch()
+    return next(p.parent for p in folder.rglob("train") if p.is_dir())
+
+
+def _images(folder: Path, count: int) -> tuple[Tensor, Tensor]:
+    """Normalized images [count, 3, 32, 32], evenly spread, and their labels."""
+    from torchvision.io import read_image
+
+    files = sorted(folder.glob("*/*.jpg"))
+    classes = sorted({f.parent.name for f in files})
+    chosen = [files[i * len(files) // count] for i in range(count)]
+    images = torch.stack([read_image(str(f)) for f in chosen]).float() / 255.0
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    labels = torch.tensor([classes.index(f.parent.name) for f in chosen])
+    return (images - mean) / std, labels
+
+
+class Attention(nn.Module):
+    """Causal self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, T, width] to the same shape."""
+        parts = self.qkv(x).chunk(3, -1)
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class DecoderBlock(nn.Module):
+    """Attention and a two-layer network, each normalized first and added."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, T, width] to the same shape."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Decoder(nn.Module):
+    """A character-level language model."""
+
+    def __init__(self, characters: int, width: int = 96, layers: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(characters, width)
+        self.position = nn.Parameter(torch.zeros(CONTEXT, width))
+        self.blocks = nn.Sequential(*(DecoderBlock(width, 4) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, characters)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map characters [B, CONTEXT] to logits [B, CONTEXT, characters]."""
+        return self.head(self.norm(self.blocks(self.embed(ids) + self.position)))
+
+
+def decoder_case(samples: int, steps: int = 900) -> Case:
+    """A small decoder trained on the documentation of Python's standard library."""
+    text = "\n".join(_doc_strings())
+    alphabet = sorted(set(text))
+    codes = {c: i for i, c in enumerate(alphabet)}
+    ids = torch.tensor([codes[c] for c in text])
+    cut = len(ids) * 9 // 10 // CONTEXT * CONTEXT
+    with seeded(0):
+        model = Decoder(len(alphabet))
+        _train_decoder(model, ids[:cut], steps)
+        held = ids[cut:]
+        held = held[: len(held) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+        held = held[torch.randperm(len(held))[:samples]]
+        seen = ids[:cut].view(-1, CONTEXT)
+        calibration = seen[torch.randperm(len(seen))[:256]]
+    model.eval()
+    with torch.no_grad():
+        loss = F.cross_entropy(model(held[:, :-1]).flatten(0, 1), held[:, 1:].flatten())
+    return Case(
+        "decoder",
+        model,
+        list(calibration.split(64)),
+        list(held[:, :-1].contiguous().split(64)),
+        f"{float(loss):.2f} nats a character of held-out text",
+    )
+
+
+def _train_decoder(model: Decoder, ids: Tensor, steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    window = torch.arange(CONTEXT + 1)
+    for _ in tqdm(range(steps), desc="decoder", unit="step"):
+        starts = torch.randint(0, len(ids) - CONTEXT - 1, (32, 1))
+        rows = ids[starts + window]
+        logits = model(rows[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def _doc_strings() -> Iterator[str]:
+    """Doc strings of pure Python modules of the standard library, in ASCII."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted([*folder.glob("*.py"), *folder.glob("[a-hj-z]*/*.py")])
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for path in files:
+        if {"site-packages", "test", "lib2to3"} & set(path.parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            found = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if found and found.isascii():
+                yield found
