@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,8 +38,17 @@ class EdgeFacts:
         sqnr_db: signal to quantization noise ratio, dB.
         clipped: share of elements outside the clamp range, 0..1.
         predicted_divergence: Jeffreys divergence (nats per sample) at the output if
-            only this edge is quantized, to second order.
+            only this edge is quantized (``analysis/directions.py``).
         measured_divergence: the same, measured; None until it was.
+        joint_divergence: what vanishes of the divergence of the model with every edge
+            quantized when this one goes back to floating point, predicted
+            (`vanishing_divergence`); below 0 where its error makes up for others.
+            None where it was not asked for.
+        measured_joint_divergence: the same, measured; None until it was.
+        divergence_at: ``predicted_divergence`` at other bit-widths, by width.
+        macs: MACs per sample of the operations that read it.
+        bops: their bit operations, MACs * weight bits * activation bits.
+        parameters: weight elements; 0 for an activation.
     """
 
     elements: int
@@ -49,6 +59,12 @@ class EdgeFacts:
     clipped: float
     predicted_divergence: float
     measured_divergence: float | None = None
+    joint_divergence: float | None = None
+    measured_joint_divergence: float | None = None
+    divergence_at: Mapping[int, float] = field(default_factory=dict[int, float])
+    macs: int = 0
+    bops: int = 0
+    parameters: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -110,21 +110,28 @@ def analyze(
     draws: int = 4,
     confirm: int = 0,
     curvature: Curvature = "softmax",
+    joint: bool = True,
+    widths: Sequence[int] = (),
 ) -> CapacityReport:
     """Measure where quantization costs information; the model is left as it was.
 
     Args:
         qmodel: a prepared model.
         batches: real data, alone or followed by targets.
-        draws: random sign vectors for each batch; more of them, less variance.
+        draws: backward passes for each batch, a power of two; more, less variance.
         confirm: measure this many of the worst edges as well, one at a time.
         curvature: ``softmax`` where outputs are logits, ``identity`` for regression.
+        joint: predict what each edge costs in the quantized model as well.
+        widths: predict each edge at these bit-widths too (``divergence_at``).
 
     Raises:
         CalibrationError: no batch. PassError: not a prepared model.
     """
     inputs = model_facts(qmodel).inputs
-    run_passes(qmodel, (AnalyzeCapacity(batches, inputs, draws, confirm, curvature),))
+    analysis = AnalyzeCapacity(
+        batches, inputs, draws, confirm, curvature, joint, widths
+    )
+    run_passes(qmodel, (analysis,))
     return build_report(qmodel)
 
 

@@ -1,8 +1,8 @@
-"""An interpreter that runs a prepared graph at identity precision and probes edges."""
+"""An interpreter that runs a prepared graph and probes its quantized edges."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._pytree import (
 )
 
 from gdnsq_fx.analysis.divergence import sample_products
-from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
+from gdnsq_fx.analysis.edge_errors import ErrorSource
 from gdnsq_fx.annotations import facts
 from gdnsq_fx.operands import Operand
 from gdnsq_fx.opinfo import OpInfo
@@ -29,18 +29,25 @@ class EdgeProbe(Interpreter):
     An activation edge is probed at the quantizer, a weight edge at the output of the
     operation that reads it, where its error has the effect ``op(x, weight error)``.
     Values handed on are clones, so that in-place operations do not disturb a probe.
+
+    Args:
+        graph_module: a prepared one.
+        error_of: gives the error of each value that reaches a quantizer.
+        joint: run with every edge quantized, gradients passing straight through,
+            instead of at identity precision.
     """
 
     def __init__(
-        self, graph_module: GraphModule, statistics: dict[str, EdgeStatistics]
+        self, graph_module: GraphModule, error_of: ErrorSource, *, joint: bool = False
     ) -> None:
         super().__init__(graph_module)
-        self.statistics = statistics
+        self.error_of = error_of
+        self.joint = joint
         self.probes: list[tuple[Tensor, Tensor, str]] = []
         self._errors: dict[Node, tuple[str, Any]] = {}
 
     def run_node(self, n: Node) -> Any:
-        """Run one node; quantizers pass their input on."""
+        """Run one node; at identity precision quantizers pass their input on."""
         module = self._module_of(n)
         if isinstance(module, WeightQuantizer):
             return self._weight(n, module)
@@ -55,13 +62,27 @@ class EdgeProbe(Interpreter):
             return value
         return self._output(n, op, value)
 
-    def add_products(
-        self, gradients: Sequence[Tensor | None], batch: int, weight: float
-    ) -> None:
-        """Square the per-sample products of one draw and add them to the statistics.
+    def gradients(
+        self, output: Tensor, direction: Tensor, *, last: bool
+    ) -> tuple[Tensor | None, ...]:
+        """One backward pass: gradients of ``direction' output`` at the probes.
 
-        A weight that several layers share has several probes: their products add up
-        before squaring.
+        Args:
+            output: of this run.
+            direction: of its shape.
+            last: free the graph.
+        """
+        tensors = [tensor for tensor, _, _ in self.probes]
+        return torch.autograd.grad(
+            output, tensors, direction, retain_graph=not last, allow_unused=True
+        )
+
+    def products(
+        self, gradients: Sequence[Tensor | None], batch: int
+    ) -> Mapping[str, Tensor]:
+        """Inner product of gradient and error of each edge, ``[batch]`` or ``[1]``.
+
+        A weight that several layers share has several probes: their products add up.
         """
         products: dict[str, Tensor] = {}
         for (_, error, edge), gradient in zip(self.probes, gradients, strict=True):
@@ -75,8 +96,7 @@ class EdgeProbe(Interpreter):
                 products[edge] = known + product
             else:
                 products[edge] = (known.sum() + product.sum()).reshape(1)
-        for edge, product in products.items():
-            self.statistics[edge].add_divergence(product, weight)
+        return products
 
     def _module_of(self, node: Node) -> object:
         return (
@@ -90,17 +110,16 @@ class EdgeProbe(Interpreter):
 
     def _weight(self, node: Node, quantizer: WeightQuantizer) -> Tensor:
         weight = self._input(node)
-        with torch.no_grad():
-            self._errors[node] = (quantizer.edge, quantizer.quantize(weight) - weight)
-        return weight
+        error = self.error_of(quantizer, weight.detach())
+        self._errors[node] = (quantizer.edge, error)
+        return weight + error if self.joint else weight
 
     def _activation(self, node: Node, quantizer: ActivationQuantizer) -> Tensor:
         value = self._input(node)
-        with torch.no_grad():
-            error = self.statistics[quantizer.edge].add_activation(quantizer, value)
+        error = self.error_of(quantizer, value.detach())
         probe = _probed(value.clone())
         self.probes.append((probe, error, quantizer.edge))
-        return probe
+        return probe + error if self.joint else probe
 
     @torch.no_grad()
     def _view(self, node: Node, op: OpInfo) -> None:
@@ -135,6 +154,9 @@ class EdgeProbe(Interpreter):
             bias = {o.argument for o in op.operands(op.bind(node)) if o.role == "bias"}
             return self._run_with(node, op, operand, error, drop=bias)
         weight: Any = self.env[cast(Node, operand.value)]
+        if self.joint:
+            exact = self._run_with(node, op, operand, weight - error)
+            return tree_map(_difference, value, exact)
         moved = self._run_with(node, op, operand, weight + error)
         return tree_map(_difference, moved, value)
 

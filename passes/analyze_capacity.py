@@ -1,50 +1,60 @@
 """AnalyzeCapacity: measure every quantized edge from one stream of batches.
 
 Facts only: each quantizer node gets its `EdgeFacts` (capacity, entropy, SQNR, share
-clipped, predicted divergence). The model runs at identity precision in evaluation; a
-few backward passes for each batch serve all edges together (see
-``analysis/divergence.py``).
+clipped, cost, predicted divergences). A few forward and backward passes for each batch
+serve all edges together (``analysis/directions.py``, ``_prediction.py``); batches are
+read once, and memory does not grow with their number unless edges are confirmed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
-import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
-from gdnsq_fx.analysis.divergence import (
-    Curvature,
-    curvature_root,
-    jeffreys,
-    primary_output,
-)
+from gdnsq_fx.analysis.costs import EdgeCost, edge_costs
+from gdnsq_fx.analysis.divergence import Curvature
 from gdnsq_fx.analysis.edge_statistics import EdgeStatistics, statistics_of
 from gdnsq_fx.annotations import annotate, facts
 from gdnsq_fx.errors import CalibrationError, ConfigError
-from gdnsq_fx.inputs import Batch, InputStructure, batch_size, check_device
-from gdnsq_fx.quantize.quantizer import quantization_disabled
-from gdnsq_fx.sites import ActivationSite, WeightSite, require_quantizers, sites
-from gdnsq_fx.state import cloned, preserved_state
+from gdnsq_fx.inputs import Batch, InputStructure, check_device
+from gdnsq_fx.sites import (
+    ActivationSite,
+    WeightSite,
+    bit_width,
+    require_quantizers,
+    sites,
+)
+from gdnsq_fx.state import preserved_state
 
-from ._base import Pass, check_finite, placeholder_values
-from ._probe import EdgeProbe
+from ._base import Pass, check_finite
+from ._confirm import Confirmation
+from ._prediction import Prediction
+
+MAX_WIDTH = 16
 
 
 @dataclass(frozen=True, eq=False)
 class AnalyzeCapacity(Pass):
     """Write `EdgeFacts` on every quantizer node.
 
+    Cost for each batch, for any number of edges: ``draws`` backward passes and one
+    forward pass; ``joint`` adds ``draws + 1`` and one, each width one forward pass. A
+    backward pass stops at activations, so it costs about as much as a forward pass.
+
     Attributes:
         batches: iterable of batches, alone or followed by targets.
         inputs: structure of the example input.
-        draws: random sign vectors for each batch; more of them, less variance.
+        draws: directions sent back for each batch, a power of two; more of them, less
+            variance, and more classes without any.
         confirm: measure this many edges of the largest predicted divergence as well,
             one at a time (holds the batches in memory).
         curvature: ``softmax`` where the output are logits, ``identity`` for regression.
+        joint: predict (and where confirmed, measure) what each edge costs in the model
+            with every edge quantized.
+        widths: bit-widths at which to predict the divergence of each edge alone.
     """
 
     batches: Iterable[object]
@@ -52,12 +62,19 @@ class AnalyzeCapacity(Pass):
     draws: int = 4
     confirm: int = 0
     curvature: Curvature = "softmax"
+    joint: bool = True
+    widths: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if self.draws < 1 or self.confirm < 0:
+        if self.draws < 1 or self.draws & (self.draws - 1):
             raise ConfigError(
-                "draws must be at least 1 and confirm at least 0, got "
-                f"{self.draws} and {self.confirm}"
+                f"draws must be a power of two (1, 2, 4, ...), got {self.draws}"
+            )
+        if self.confirm < 0:
+            raise ConfigError(f"confirm must be at least 0, got {self.confirm}")
+        if any(not 1 <= width <= MAX_WIDTH for width in self.widths):
+            raise ConfigError(
+                f"widths must lie between 1 and {MAX_WIDTH} bits, got {self.widths}"
             )
         if self.curvature not in get_args(Curvature):
             raise ConfigError(
@@ -71,92 +88,54 @@ class AnalyzeCapacity(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Facts only; parameters, buffers and the random state stay as they are."""
-        batches = list(self.batches) if self.confirm else self.batches
         found = statistics_of(graph_module)
         samples = 0
+        kept: list[Batch] = []
         with preserved_state(graph_module):
             graph_module.eval()
-            generator = torch.Generator().manual_seed(0)
-            for one in batches:
+            prediction = Prediction(
+                graph_module, found, self.draws, self.joint, self.widths, self.curvature
+            )
+            for one in self.batches:
                 batch = self.inputs.split(one)
                 check_device(graph_module, batch.args, batch.kwargs)
                 check_finite(batch, "an analysis batch")
-                samples += self._measure(graph_module, batch, found, generator)
+                samples += prediction.add(batch)
+                if self.confirm:
+                    kept.append(batch)
             if not samples:
                 raise CalibrationError(
                     "analysis has no batch; pass a non-empty iterable that has not "
                     "been used up"
                 )
-            for site in sites(graph_module):
-                measured = found[site.edge].facts(samples)
-                for node in site.nodes:
-                    annotate(node, edge=measured)
-            self._confirm(graph_module, batches)
+            self._write(graph_module, found, samples)
+            self._confirm(graph_module, kept)
         return False
 
-    def _measure(
+    def _write(
         self,
         graph_module: GraphModule,
-        batch: Batch,
-        found: dict[str, EdgeStatistics],
-        generator: torch.Generator,
-    ) -> int:
-        """One batch: forward with probes, then ``draws`` backward passes."""
-        size = batch_size(batch.args, batch.kwargs)
-        probe = EdgeProbe(graph_module, found)
-        args, kwargs = cloned((batch.args, batch.kwargs))
-        values = placeholder_values(graph_module, args, kwargs)
-        with torch.enable_grad():
-            logits = primary_output(probe.run(*values))
-        tensors = [tensor for tensor, _, _ in probe.probes]
-        for draw in range(self.draws):
-            signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
-            signs = signs.to(logits)
-            gradients = torch.autograd.grad(
-                logits,
-                tensors,
-                curvature_root(logits.detach(), signs, self.curvature),
-                retain_graph=draw + 1 < self.draws,
-                allow_unused=True,
-            )
-            probe.add_products(gradients, size, 1.0 / self.draws)
-        return size
-
-    def _confirm(self, graph_module: GraphModule, batches: Iterable[object]) -> None:
-        """Quantize the worst edges one at a time and compare outputs."""
-        ranked = sorted(sites(graph_module), key=_predicted, reverse=True)
-        for site in ranked[: self.confirm]:
-            measured = self._divergence_of(graph_module, site, batches)
-            edge = facts(site.node).edge
-            assert edge is not None
+        found: Mapping[str, EdgeStatistics],
+        samples: int,
+    ) -> None:
+        bits = {name: bit_width(one.levels) for name, one in found.items()}
+        costs = edge_costs(graph_module, bits)
+        for site in sites(graph_module):
+            measured = found[site.edge].facts(samples)
+            measured = replace(measured, **asdict(costs.get(site.edge, EdgeCost())))
+            if not self.joint:
+                measured = replace(measured, joint_divergence=None)
             for node in site.nodes:
-                annotate(node, edge=replace(edge, measured_divergence=measured))
+                annotate(node, edge=measured)
 
-    @torch.no_grad()
-    def _divergence_of(
-        self,
-        graph_module: GraphModule,
-        site: WeightSite | ActivationSite,
-        batches: Iterable[object],
-    ) -> float:
-        total, samples = 0.0, 0
-        for one in batches:
-            batch = self.inputs.split(one)
-            with quantization_disabled(graph_module):
-                wanted = _output(graph_module, batch)
-                site.quantizer.enabled = True
-                got = _output(graph_module, batch)
-            if self.curvature == "softmax":
-                total += float(jeffreys(got, wanted).sum())
-            else:
-                total += float((got - wanted).square().sum())
-            samples += batch_size(batch.args, batch.kwargs)
-        return total / samples
-
-
-def _output(graph_module: GraphModule, batch: Batch) -> Tensor:
-    args, kwargs = cloned((batch.args, batch.kwargs))
-    return primary_output(graph_module(*args, **kwargs))
+    def _confirm(self, graph_module: GraphModule, batches: Sequence[Batch]) -> None:
+        """Measure the worst edges one at a time."""
+        ranked = sorted(sites(graph_module), key=_predicted, reverse=True)
+        if not self.confirm:
+            return
+        confirmation = Confirmation(graph_module, batches, self.curvature, self.joint)
+        for site in ranked[: self.confirm]:
+            confirmation.measure(site)
 
 
 def _predicted(site: WeightSite | ActivationSite) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gdnsq_fx.analysis.capacity import FLOAT_BITS
+from gdnsq_fx.analysis.costs import bit_operations, multiplied
 from gdnsq_fx.annotations import facts, source_of
 from gdnsq_fx.quantize.quantizer import Quantizer, WeightQuantizer
 from gdnsq_fx.sites import bit_width, quantizer_behind, sites, weight_sites
@@ -88,18 +88,14 @@ def totals_of(graph_module: GraphModule) -> Totals:
     packed = sum(_packed_bytes(w, q) for w, q in quantized)
     floats = every - sum(w.numel() for w, _ in quantized)
     measured = [(s.quantizer, facts(s.node).edge) for s in sites(graph_module)]
-    bits_of: dict[Quantizer, int] = {
-        q: edge.bits for q, edge in measured if edge is not None
-    }
+    bits_of = {q.edge: edge.bits for q, edge in measured if edge is not None}
     macs, bops = 0, 0
     for node in graph_module.graph.nodes:
         found = facts(node)
         if not found.macs:
             continue
-        bits = _argument_bits(graph_module, node, bits_of)
         macs += found.macs
-        bops += (found.macs - found.inner_macs) * math.prod(bits)
-        bops += found.inner_macs * FLOAT_BITS * max(bits)
+        bops += bit_operations(graph_module, node, bits_of)
     return Totals(
         size_bytes=packed + 4 * floats,
         float_size_bytes=4 * every,
@@ -175,26 +171,6 @@ def _packed_bytes(weight: Tensor, quantizer: WeightQuantizer) -> int:
     return math.ceil(codes / 8) + 8 * levels.numel()
 
 
-def _operands(node: Node) -> list[object]:
-    """What an operation multiplies: its activations and weights, where known."""
-    op = facts(node).op
-    if op is None or not op.is_compute:
-        return [None, None]
-    operands = op.operands(op.bind(node))
-    return [o.value for o in operands if o.role in ("activation", "weight")]
-
-
 def _is_quantized(owner: GraphModule, node: Node) -> bool:
-    operands = _operands(node)
+    operands = multiplied(node)
     return all(quantizer_behind(owner, value) is not None for value in operands)
-
-
-def _argument_bits(
-    owner: GraphModule, node: Node, bits_of: Mapping[Quantizer, int]
-) -> list[int]:
-    """Bit-widths of the two widest operands; floating point counts as 32."""
-    bits: list[int] = []
-    for value in _operands(node):
-        quantizer = quantizer_behind(owner, value)
-        bits.append(bits_of.get(quantizer, FLOAT_BITS) if quantizer else FLOAT_BITS)
-    return sorted(bits)[-2:]

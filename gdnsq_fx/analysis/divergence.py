@@ -4,7 +4,7 @@ With p the softmax output and J the Jacobian of the logits with respect to an ed
 error is e, to second order KL = 1/2 |S' J e|^2 with ``S = diag(sqrt p) - p sqrt(p)'``
 (``S S' = diag(p) - p p'``), and the Jeffreys divergence KL(p||q) + KL(q||p) is twice
 that. For random signs v, ``E_v[(v' S' J e)^2] = |S' J e|^2``: one backward pass from
-``S v`` serves every edge at once.
+``S v`` serves every edge at once (``directions.py`` chooses the signs).
 """
 
 from __future__ import annotations
@@ -91,6 +91,39 @@ def curvature_root(logits: Tensor, signs: Tensor, curvature: Curvature) -> Tenso
     root = p.sqrt()
     spread = root * signs - p * (root * signs).sum(dim, keepdim=True)
     return spread.to(logits.dtype)
+
+
+def divergence_slope(logits: Tensor, reference: Tensor, curvature: Curvature) -> Tensor:
+    """Gradient of the divergence from the reference with respect to the logits.
+
+    For softmax ``(q - p) + F(q) (z_q - z_p)`` with ``F(q) = diag(q) - q q'``; for a
+    squared error ``2 (z_q - z_p)``. Same shape as the logits.
+    """
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        if curvature == "softmax":
+            total = jeffreys(leaf, reference.detach()).sum()
+        else:
+            total = (leaf - reference.detach()).square().sum()
+        return torch.autograd.grad(total, leaf)[0]
+
+
+def vanishing_divergence(slope: float, curvature: float) -> float:
+    """What vanishes of a divergence when the change d that one edge makes is undone.
+
+    With g the slope of the divergence D at the quantized output z and ``d' F d`` half
+    of its curvature along d, ``D(z) - D(z - d) = g'd - d' F d`` to second order. Large
+    changes leave the parabola beyond its top, hence for a positive slope the rational
+    function of the same two terms, ``(g'd)^2 / (g'd + d' F d)`` (its Padé
+    approximant of order [1/1]), which stays between 0 and the slope.
+
+    Args:
+        slope: g'd, nats per sample.
+        curvature: ``d' F d``, at least 0.
+    """
+    if slope <= 0.0:
+        return slope - curvature
+    return slope * slope / (slope + curvature)
 
 
 def sample_products(gradient: Tensor, error: Tensor, batch: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gdnsq_fx.analysis.coverage import Coverage, Totals
@@ -35,6 +36,12 @@ class EdgeReport:
     clipped: float
     predicted_divergence: float
     measured_divergence: float | None
+    joint_divergence: float | None
+    measured_joint_divergence: float | None
+    divergence_at: Mapping[int, float]
+    macs: int
+    bops: int
+    parameters: int
     bottleneck: bool
 
 

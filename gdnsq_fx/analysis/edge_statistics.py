@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -12,6 +14,7 @@ from gdnsq_fx.analysis.capacity import (
     grouped_entropy_bits,
     sqnr_db,
 )
+from gdnsq_fx.analysis.divergence import vanishing_divergence
 from gdnsq_fx.annotations import EdgeFacts
 from gdnsq_fx.quantize.functions import from_codes
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
@@ -28,6 +31,9 @@ class EdgeStatistics:
         self.noise = 0.0
         self.clipped = 0
         self.divergence = 0.0
+        self.divergence_at: dict[int, float] = {}
+        self.joint_slope = 0.0
+        self.joint_curvature = 0.0
         self.counts = torch.zeros(levels, dtype=torch.long)
 
     def add_activation(self, quantizer: ActivationQuantizer, value: Tensor) -> Tensor:
@@ -43,9 +49,24 @@ class EdgeStatistics:
         self.clipped += int(quantizer.clipped(value).sum())
         return error
 
-    def add_divergence(self, products: Tensor, weight: float) -> None:
-        """Add squared per-sample products of one draw."""
-        self.divergence += weight * float(products.double().square().sum())
+    def add_divergence(self, samples: Tensor, width: int | None = None) -> None:
+        """Add predicted divergences of samples, now or at another bit-width."""
+        total = float(samples.double().sum())
+        if width is None:
+            self.divergence += total
+        else:
+            self.divergence_at[width] = self.divergence_at.get(width, 0.0) + total
+
+    def predictions(self, samples: int) -> dict[str, Any]:
+        """The fields of `EdgeFacts` that are predicted, per sample."""
+        slope, curvature = self.joint_slope / samples, self.joint_curvature / samples
+        return {
+            "predicted_divergence": self.divergence / samples,
+            "joint_divergence": vanishing_divergence(slope, curvature),
+            "divergence_at": {
+                width: total / samples for width, total in self.divergence_at.items()
+            },
+        }
 
     def facts(self, samples: int) -> EdgeFacts:
         """The facts of an activation edge, per sample."""
@@ -58,7 +79,7 @@ class EdgeStatistics:
             entropy=entropy_bits(self.counts) / samples,
             sqnr_db=sqnr_db(self.signal, self.noise),
             clipped=self.clipped / max(self.elements, 1),
-            predicted_divergence=self.divergence / samples,
+            **self.predictions(samples),
         )
 
 
@@ -90,7 +111,7 @@ class WeightStatistics(EdgeStatistics):
             entropy=self.entropy,
             sqnr_db=sqnr_db(self.signal, self.noise),
             clipped=0.0,
-            predicted_divergence=self.divergence / samples,
+            **self.predictions(samples),
         )
 
 

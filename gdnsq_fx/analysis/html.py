@@ -21,7 +21,7 @@ code { background: #f1f3f5; padding: 0 .25rem; }
 
 _COLUMNS = (
     "edge", "op", "shape", "bits", "capacity, bit", "entropy, bit", "used", "SQNR, dB",
-    "predicted divergence, nat", "measured", "",
+    "predicted divergence, nat", "measured", "joint", "MACs", "BOPs", "",
 )  # fmt: skip
 
 
@@ -44,7 +44,8 @@ def html_page(report: Findings) -> str:
 
 
 def _row(edge: EdgeReport, worst: float) -> str:
-    cells = cells_of(edge, measured=True)[:-1]  # a bar stands for the mark
+    cells = cells_of(edge, measured=True, joint=True)[:-1]  # a bar stands for the mark
+    cells += [quantity(edge.macs), quantity(edge.bops)]
     share = edge.predicted_divergence / worst if worst else 0.0
     bar = f'<span class="bar" style="width:{100 * share:.1f}%"></span>'
     mark = ' class="bottleneck"' if edge.bottleneck else ""

@@ -121,6 +121,12 @@ def _edge_report(
         clipped=edge.clipped,
         predicted_divergence=edge.predicted_divergence,
         measured_divergence=edge.measured_divergence,
+        joint_divergence=edge.joint_divergence,
+        measured_joint_divergence=edge.measured_joint_divergence,
+        divergence_at=edge.divergence_at,
+        macs=edge.macs,
+        bops=edge.bops,
+        parameters=edge.parameters,
         bottleneck=bottleneck,
     )
 

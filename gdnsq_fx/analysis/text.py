@@ -12,28 +12,40 @@ from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
 WIDTH = 100
 MARK = "<<"
 _HEADERS = ("edge", "op", "shape", "bits", "capacity", "entropy", "used", "SQNR")
+_JOINT = (
+    "joint: what vanishes if only this edge goes back to floating point, all others "
+    "quantized."
+)
+_LEAST_NAME = 18
 _LEFT = 3  # edge, op and shape are text; the rest are numbers
 
 
 def report_text(report: Findings, limit: int | None) -> str:
-    """Table of edges, then cut, totals, coverage and skipped nodes."""
+    """Table of edges, then cut, totals, coverage and skipped nodes.
+
+    The joint divergence is left out where it would leave no room for names.
+    """
     shown = report.edges[:limit]
     hidden = len(report.edges) - len(shown)
     more = [f"... and {hidden} more edges (to_text(limit=None))"] if hidden else []
-    return "\n".join([_table(shown), *more, "", *_summary(report), *_skipped(report)])
+    joint = any(e.joint_divergence is not None for e in shown)
+    table = _table(shown, True) if joint else []
+    summary = _summary(report, joint=bool(table))
+    table = table or _table(shown, False)
+    return "\n".join([*table, *more, "", *summary, *_skipped(report)])
 
 
-def _table(edges: Sequence[EdgeReport]) -> str:
-    """The table, names shortened until it fits."""
+def _table(edges: Sequence[EdgeReport], joint: bool) -> list[str]:
+    """The table, names shortened until it fits; empty where they would be too short."""
     measured = any(e.measured_divergence is not None for e in edges)
     divergences = ["predicted", "measured"] if measured else ["divergence"]
-    headers = [*_HEADERS, *divergences, ""]
-    rows = [cells_of(edge, measured) for edge in edges]
-    for name in range(40, 12, -1):
+    headers = [*_HEADERS, *divergences, *(["joint"] if joint else []), ""]
+    rows = [cells_of(edge, measured, joint) for edge in edges]
+    for name in range(40, _LEAST_NAME if joint else 12, -1):
         table = _drawn(headers, rows, (name, 16, 10))
         if max(len(line) for line in table) <= WIDTH:
-            return "\n".join(table)
-    return "\n".join(_drawn(headers, rows, (8, 11, 8)))
+            return table
+    return [] if joint else _drawn(headers, rows, (8, 11, 8))
 
 
 def _drawn(
@@ -84,8 +96,8 @@ def bits_of(edge: EdgeReport) -> str:
     return str(edge.bits) if met else f"{edge.bits} > {edge.target_bits}"
 
 
-def cells_of(edge: EdgeReport, measured: bool) -> list[str]:
-    """One row of the table; with the measured divergence where asked for."""
+def cells_of(edge: EdgeReport, measured: bool, joint: bool) -> list[str]:
+    """One row of the table; with measured and joint divergence where asked for."""
     return [
         edge.name,
         edge.op,
@@ -97,6 +109,7 @@ def cells_of(edge: EdgeReport, measured: bool) -> list[str]:
         f"{edge.sqnr_db:.1f}",
         f"{edge.predicted_divergence:.2e}",
         *([divergence(edge.measured_divergence)] if measured else []),
+        *([divergence(edge.joint_divergence)] if joint else []),
         MARK if edge.bottleneck else "",
     ]
 
@@ -106,13 +119,14 @@ def divergence(value: float | None) -> str:
     return "" if value is None else f"{value:.2e}"
 
 
-def _summary(report: Findings) -> list[str]:
+def _summary(report: Findings, joint: bool) -> list[str]:
     totals, coverage, cut = report.totals, report.coverage, report.cut
     lines = [
         "capacity, entropy: bits per sample; SQNR: dB; divergence: predicted Jeffreys "
         "divergence,",
         "nats per sample, if only this edge is quantized. "
         f"{MARK} marks the fewest edges that make up half.",
+        *([_JOINT] if joint else []),
         "",
     ]
     if cut is not None:

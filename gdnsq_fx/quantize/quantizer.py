@@ -278,12 +278,25 @@ def quantization_disabled(module: nn.Module) -> Generator[None]:
     Args:
         module: anything that contains quantizers; they are switched back afterwards.
     """
+    with _switched(module, False):
+        yield
+
+
+@contextmanager
+def quantization_enabled(module: nn.Module) -> Generator[None]:
+    """Run a prepared model with every quantizer on inside the ``with`` block."""
+    with _switched(module, True):
+        yield
+
+
+@contextmanager
+def _switched(module: nn.Module, enabled: bool) -> Generator[None]:
     quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
     switches = [q.enabled for q in quantizers]
     for quantizer in quantizers:
-        quantizer.enabled = False
+        quantizer.enabled = enabled
     try:
         yield
     finally:
-        for quantizer, enabled in zip(quantizers, switches, strict=True):
-            quantizer.enabled = enabled
+        for quantizer, before in zip(quantizers, switches, strict=True):
+            quantizer.enabled = before

@@ -27,7 +27,10 @@ EDGE_KEYS = {
     "name", "op", "shape", "bits", "target_bits", "capacity", "entropy", "utilisation",
     "sqnr_db", "predicted_divergence", "measured_divergence", "bottleneck",
 }  # fmt: skip
-MORE_KEYS = {"clipped"}
+MORE_KEYS = {
+    "clipped", "joint_divergence", "measured_joint_divergence", "divergence_at",
+    "macs", "bops", "parameters",
+}  # fmt: skip
 
 
 class Net(nn.Module):

@@ -1,0 +1,129 @@
+"""Forward and backward passes of one batch that predict divergences of all edges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from gdnsq_fx.analysis.directions import Directions
+from gdnsq_fx.analysis.divergence import Curvature, divergence_slope, primary_output
+from gdnsq_fx.analysis.edge_errors import (
+    ErrorsAtWidth,
+    ErrorSource,
+    MeasuredErrors,
+    error_now,
+)
+from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
+from gdnsq_fx.inputs import Batch, batch_size
+from gdnsq_fx.sites import bit_width
+from gdnsq_fx.state import cloned
+
+from ._base import placeholder_values
+from ._probe import EdgeProbe
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Adds what a batch tells to the statistics of every edge.
+
+    One forward pass at identity precision and ``draws`` backward passes; for ``joint``
+    one forward pass of the quantized model and ``draws + 1`` backward passes more; for
+    each width one forward pass more. Backward passes stop at activations. Memory is
+    that of one forward pass with its graph and an error for each edge, and with
+    widths, ``draws`` gradients of every edge.
+
+    Attributes:
+        graph_module: prepared, in evaluation.
+        statistics: of every edge, by name.
+        draws, joint, widths, curvature: as in `AnalyzeCapacity`.
+    """
+
+    graph_module: GraphModule
+    statistics: Mapping[str, EdgeStatistics]
+    draws: int
+    joint: bool
+    widths: Sequence[int]
+    curvature: Curvature
+    _generator: torch.Generator = field(
+        default_factory=lambda: torch.Generator().manual_seed(0)
+    )
+    _at_width: dict[int, ErrorsAtWidth] = field(
+        default_factory=dict[int, ErrorsAtWidth]
+    )
+
+    def __post_init__(self) -> None:
+        bits = {name: bit_width(s.levels) for name, s in self.statistics.items()}
+        for width in self.widths:
+            self._at_width[width] = ErrorsAtWidth(width, bits)
+
+    def add(self, batch: Batch) -> int:
+        """Measure and predict on one batch; returns its number of samples."""
+        size = batch_size(batch.args, batch.kwargs)
+        logits = self._alone(batch, size)
+        if self.joint:
+            self._together(batch, size, logits)
+        return size
+
+    def _alone(self, batch: Batch, size: int) -> Tensor:
+        """Each edge alone, linearized at identity precision; returns the output."""
+        probe, logits = self._run(batch, MeasuredErrors(self.statistics))
+        directions = self._directions(logits)
+        gradients = [
+            probe.gradients(logits, direction, last=number == self.draws)
+            for number, direction in enumerate(directions, start=1)
+        ]
+        self._predict(probe, gradients, size, directions, None)
+        del probe  # its errors make room for those at another width
+        for width, errors in self._at_width.items():
+            with torch.no_grad():
+                other, _ = self._run(batch, errors, grad=False)
+            self._predict(other, gradients, size, directions, width)
+        return logits.detach()
+
+    def _predict(
+        self,
+        probe: EdgeProbe,
+        gradients: Sequence[Sequence[Tensor | None]],
+        size: int,
+        directions: Directions,
+        width: int | None,
+    ) -> None:
+        drawn = [probe.products(one, size) for one in gradients]
+        for edge in drawn[0]:
+            products = torch.stack([products[edge] for products in drawn])
+            divergences = directions.divergences(products)
+            self.statistics[edge].add_divergence(divergences, width)
+
+    def _together(self, batch: Batch, size: int, reference: Tensor) -> None:
+        """All edges quantized: slope and curvature of the divergence along each."""
+        probe, logits = self._run(batch, error_now, joint=True)
+        slope = divergence_slope(logits, reference, self.curvature)
+        gradients = probe.gradients(logits, slope, last=False)
+        for edge, products in probe.products(gradients, size).items():
+            self.statistics[edge].joint_slope += float(products.double().sum())
+        for number, direction in enumerate(self._directions(logits), start=1):
+            gradients = probe.gradients(logits, direction, last=number == self.draws)
+            for edge, products in probe.products(gradients, size).items():
+                square = float(products.double().square().sum())
+                self.statistics[edge].joint_curvature += square / self.draws
+
+    def _directions(self, logits: Tensor) -> Directions:
+        return Directions(logits, self.draws, self.curvature, self._generator)
+
+    def _run(
+        self,
+        batch: Batch,
+        error_of: ErrorSource | Callable[..., Tensor],
+        *,
+        joint: bool = False,
+        grad: bool = True,
+    ) -> tuple[EdgeProbe, Tensor]:
+        probe = EdgeProbe(self.graph_module, error_of, joint=joint)
+        args, kwargs = cloned((batch.args, batch.kwargs))
+        values = placeholder_values(self.graph_module, args, kwargs)
+        with torch.set_grad_enabled(grad):
+            return probe, primary_output(probe.run(*values))
