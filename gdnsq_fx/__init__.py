@@ -9,11 +9,21 @@
 The method is GDNSQ (arXiv 2508.14004).
 """
 
+from gdnsq_fx.analysis.allocation import Allocation
 from gdnsq_fx.analysis.coverage import Coverage, Skip, Totals
 from gdnsq_fx.analysis.cuts import MinimumCut
 from gdnsq_fx.analysis.edge_report import EdgeReport
 from gdnsq_fx.analysis.report import CapacityReport
-from gdnsq_fx.api import analyze, convert, load, prepare, save
+from gdnsq_fx.api import (
+    allocate,
+    analyze,
+    assign_bits,
+    convert,
+    load,
+    prepare,
+    save,
+)
+from gdnsq_fx.budget import Budget
 from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.errors import (
     BatchStructureError,
@@ -47,7 +57,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_TABLE",
+    "Allocation",
     "BatchStructureError",
+    "Budget",
     "BudgetError",
     "CalibrationError",
     "Call",
@@ -79,7 +91,9 @@ __all__ = [
     "Stored",
     "Totals",
     "TrainingDivergedError",
+    "allocate",
     "analyze",
+    "assign_bits",
     "convert",
     "distillation_loss",
     "finetune",

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
+from gdnsq_fx.analysis.allocation import Allocation, best_allocation
+from gdnsq_fx.analysis.cost_model import CostModel
 from gdnsq_fx.analysis.divergence import Curvature
-from gdnsq_fx.analysis.report import CapacityReport, build_report
+from gdnsq_fx.analysis.report import CapacityReport, build_report, divergences_at
 from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
+from gdnsq_fx.budget import Budget
 from gdnsq_fx.capture.capture import capture
 from gdnsq_fx.deploy import checkpoint
 from gdnsq_fx.errors import (
@@ -29,6 +32,7 @@ from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.passes import (
     AnalyzeCapacity,
     AnnotateOperations,
+    AssignBits,
     Calibrate,
     ExposeWeights,
     FoldBatchNorm,
@@ -88,8 +92,8 @@ def prepare(
     inputs = InputStructure.of(example_input)
     facts = ModelFacts(config, inputs, fold_batch_norm)
     if is_on_meta(model):
-        _warn_of_meta(calibration)
         captured = _captured(model, example_input, facts, table, inplace=inplace)
+        _warn_of_meta(calibration)
         return run_passes(captured, _insertion(example_input, facts, table))
     if calibration is None:
         calibration = [example_input]
@@ -133,6 +137,62 @@ def analyze(
     )
     run_passes(qmodel, (analysis,))
     return build_report(qmodel)
+
+
+def allocate(
+    qmodel: GraphModule,
+    batches: Iterable[Any],
+    budget: Budget,
+    *,
+    widths: Sequence[int] = tuple(range(1, 9)),
+    draws: int = 4,
+    curvature: Curvature = "softmax",
+) -> Allocation:
+    """Choose a bit-width for every edge: least predicted divergence within a budget.
+
+    The choice is optimal for the predictions (an integer programme, see
+    ``analysis/allocation.py``); ``qmodel`` is left as it was. `assign_bits` applies it.
+
+    Args:
+        qmodel: a prepared model.
+        batches: real data, alone or followed by targets.
+        budget: what the assignment may cost.
+        widths: bit-widths to choose from, 1..16.
+        draws, curvature: as for `analyze`.
+
+    Raises:
+        BudgetError: no assignment of these widths meets it.
+        CalibrationError: no batch. PassError: not a prepared model.
+        ConfigError: no widths, or one outside its domain.
+    """
+    if not widths:
+        raise ConfigError("allocate needs at least one bit-width to choose from")
+    analyze(qmodel, batches, draws=draws, curvature=curvature, widths=widths)
+    return best_allocation(divergences_at(qmodel), CostModel.of(qmodel), budget)
+
+
+def assign_bits(
+    qmodel: GraphModule,
+    bits: Allocation | Mapping[str, int],
+    calibration: Iterable[Any],
+) -> GraphModule:
+    """Give edges targets of their own and place the levels for them, in place.
+
+    Args:
+        qmodel: a prepared model.
+        bits: what `allocate` returned, or edge -> bits; edges left out keep theirs.
+        calibration: batches that place the levels.
+
+    Returns:
+        ``qmodel``.
+
+    Raises:
+        PassError: there is no such edge. ConfigError: bits outside 1..16.
+        CalibrationError: no batch.
+    """
+    chosen = bits.bits if isinstance(bits, Allocation) else bits
+    inputs = model_facts(qmodel).inputs
+    return run_passes(qmodel, (AssignBits(chosen), Calibrate(calibration, inputs)))
 
 
 def convert(qmodel: GraphModule) -> GraphModule:

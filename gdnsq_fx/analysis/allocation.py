@@ -23,7 +23,7 @@ from scipy.sparse import coo_array
 from tabulate import tabulate
 
 from gdnsq_fx.analysis.capacity import FLOAT_BITS
-from gdnsq_fx.analysis.cost import CostModel
+from gdnsq_fx.analysis.cost_model import CostModel
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import BudgetError
 

@@ -93,6 +93,21 @@ def build_report(graph_module: GraphModule) -> CapacityReport:
     )
 
 
+def divergences_at(graph_module: GraphModule) -> dict[str, dict[int, float]]:
+    """Edge -> bits -> predicted divergence, at the widths that were asked for.
+
+    Raises:
+        PassError: the analysis has not run on this graph with widths.
+    """
+    found = {site.edge: facts(site.node).edge for site in sites(graph_module)}
+    every = {name: dict(e.divergence_at) for name, e in found.items() if e is not None}
+    if len(every) < len(found) or not all(every.values()):
+        raise PassError(
+            "no divergences at widths; run AnalyzeCapacity(..., widths=...)"
+        )
+    return every
+
+
 def _bottlenecks(divergences: list[float]) -> int:
     """How many of the worst edges make up half of all predicted divergence."""
     half = BOTTLENECK_SHARE * sum(divergences)

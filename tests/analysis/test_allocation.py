@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from gdnsq_fx.analysis.allocation import Divergences, best_allocation
-from gdnsq_fx.analysis.cost import CostModel
+from gdnsq_fx.analysis.cost_model import CostModel
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import BudgetError, ConfigError
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from gdnsq_fx.analysis.capacity import FLOAT_BITS
+from gdnsq_fx.analysis.costs import multiplied
 from gdnsq_fx.annotations import facts
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.sites import WeightSite, quantizer_behind, sites
@@ -111,13 +112,8 @@ def _macs(graph_module: GraphModule) -> dict[Operands, int]:
 
 
 def _operands(graph_module: GraphModule, node: Node) -> Operands:
-    """The quantized operands of an operation; a third one (a bias) adds, as sums do."""
-    op = facts(node).op
-    values: list[object] = []
-    if op is not None and op.is_compute:
-        operands = op.operands(op.bind(node))
-        values = [o.value for o in operands if o.role in ("activation", "weight")]
-    behind = [quantizer_behind(graph_module, value) for value in values]
+    """The edges of the first two factors of an operation."""
+    behind = [quantizer_behind(graph_module, value) for value in multiplied(node)]
     names = [None if quantizer is None else quantizer.edge for quantizer in behind]
     first, second, *_ = (*names, None, None)
     return first, second
