@@ -31,6 +31,7 @@ class Case:
         model: in evaluation.
         calibration: batches that place the levels.
         batches: batches that the analysis sees, apart from those.
+        targets: their classes, for the Hessian of the task's loss.
         quality: accuracy or loss of the model, in words.
     """
 
@@ -38,6 +39,7 @@ class Case:
     model: nn.Module
     calibration: list[Tensor]
     batches: list[Tensor]
+    targets: list[Tensor]
     quality: str
 
 
@@ -51,6 +53,7 @@ def digits_case(samples: int) -> Case:
         model.eval(),
         list(data.train_images[:512].split(64)),
         list(data.test_images[:samples].split(64)),
+        list(data.test_labels[:samples].split(64)),
         f"{accuracy:.2f} % of the test images",
     )
 
@@ -124,6 +127,7 @@ def resnet20_case(data: Path, work: Path, samples: int) -> Case:
         model,
         list(calibration.split(64)),
         list(images.split(64)),
+        list(labels.split(64)),
         f"{100 * float(right):.1f} % of these images",
     )
 
@@ -223,6 +227,7 @@ def decoder_case(samples: int, steps: int = 900) -> Case:
         model,
         list(calibration.split(64)),
         list(held[:, :-1].contiguous().split(64)),
+        list(held[:, 1:].contiguous().split(64)),
         f"{float(loss):.2f} nats a character of held-out text",
     )
 
