@@ -11,18 +11,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.capacity import FLOAT_BITS
-from gdnsq_fx.analysis.costs import multiplied
+from gdnsq_fx.analysis.costs import Factors, factored_macs
 from gdnsq_fx.annotations import facts
 from gdnsq_fx.budget import Budget
-from gdnsq_fx.sites import WeightSite, quantizer_behind, sites
+from gdnsq_fx.sites import WeightSite, sites
 
 BYTES_PER_GROUP = 8  # step and offset in 32 bits each
-
-# The edges of the two operands that an operation multiplies, None in floating point.
-Operands = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -33,13 +30,13 @@ class CostModel:
         weights: weight edge -> elements.
         groups: weight edge -> scale groups.
         activations: activation edge -> elements per sample.
-        macs: operands -> MACs per sample of all operations that multiply them.
+        macs: factors -> MACs per sample of all operations with them.
     """
 
     weights: Mapping[str, int]
     groups: Mapping[str, int]
     activations: Mapping[str, int]
-    macs: Mapping[Operands, int]
+    macs: Mapping[Factors, int]
 
     @staticmethod
     def of(graph_module: GraphModule) -> CostModel:
@@ -74,8 +71,8 @@ class CostModel:
     def bops(self, bits: Mapping[str, int]) -> int:
         """Bit operations per sample."""
         return sum(
-            macs * math.prod(FLOAT_BITS if e is None else bits[e] for e in operands)
-            for operands, macs in self.macs.items()
+            macs * math.prod(FLOAT_BITS if e is None else bits[e] for e in factors)
+            for factors, macs in self.macs.items()
         )
 
     def costs(self, bits: Mapping[str, int]) -> dict[str, float]:
@@ -98,22 +95,10 @@ def _mean(elements: Mapping[str, int], bits: Mapping[str, int]) -> float:
     return sum(n * bits[edge] for edge, n in elements.items()) / total if total else 0.0
 
 
-def _macs(graph_module: GraphModule) -> dict[Operands, int]:
-    found: Counter[Operands] = Counter()
+def _macs(graph_module: GraphModule) -> dict[Factors, int]:
+    found: Counter[Factors] = Counter()
     for node in graph_module.graph.nodes:
-        known = facts(node)
-        if not known.macs:
-            continue
-        first, second = _operands(graph_module, node)
-        found[first, second] += known.macs - known.inner_macs
-        if known.inner_macs:  # one factor of these never leaves the fused call
-            found[first, None] += known.inner_macs
+        if facts(node).macs:
+            for factors, macs in factored_macs(graph_module, node):
+                found[factors] += macs
     return dict(found)
-
-
-def _operands(graph_module: GraphModule, node: Node) -> Operands:
-    """The edges of the first two factors of an operation."""
-    behind = [quantizer_behind(graph_module, value) for value in multiplied(node)]
-    names = [None if quantizer is None else quantizer.edge for quantizer in behind]
-    first, second, *_ = (*names, None, None)
-    return first, second

@@ -12,6 +12,9 @@ from gdnsq_fx.analysis.capacity import FLOAT_BITS
 from gdnsq_fx.annotations import facts
 from gdnsq_fx.sites import quantizer_behind, weight_sites
 
+# The edges of two factors, None in floating point.
+Factors = tuple[str | None, str | None]
+
 
 @dataclass(frozen=True)
 class EdgeCost:
@@ -55,14 +58,30 @@ def edge_costs(
 def bit_operations(
     graph_module: GraphModule, node: Node, bits_of: Mapping[str, int]
 ) -> int:
-    """MACs * weight bits * activation bits of one operation, per sample.
+    """MACs * weight bits * activation bits of one operation, per sample."""
+    return sum(
+        macs * math.prod(FLOAT_BITS if e is None else bits_of[e] for e in factors)
+        for factors, macs in factored_macs(graph_module, node)
+    )
 
-    MACs inside a fused call have an operand in floating point.
+
+def factored_macs(graph_module: GraphModule, node: Node) -> list[tuple[Factors, int]]:
+    """The MACs of one operation by the pairs of edges that they multiply.
+
+    MACs inside a fused call multiply its last operand (the values of attention, the
+    recurrent weight of an LSTM) by something in floating point.
     """
     found = facts(node)
-    bits = _operand_bits(graph_module, node, bits_of)
-    bops = (found.macs - found.inner_macs) * math.prod(bits)
-    return bops + found.inner_macs * FLOAT_BITS * max(bits)
+    behind = [quantizer_behind(graph_module, value) for value in multiplied(node)]
+    names = [None if quantizer is None else quantizer.edge for quantizer in behind]
+    first, second, *_ = (*names, None, None)
+    last = names[-1] if names else None
+    pairs: list[tuple[Factors, int]] = [
+        ((first, second), found.macs - found.inner_macs)
+    ]
+    if found.inner_macs:
+        pairs.append(((last, None), found.inner_macs))
+    return pairs
 
 
 def multiplied(node: Node) -> list[object]:
@@ -72,15 +91,3 @@ def multiplied(node: Node) -> list[object]:
         return [None, None]
     operands = op.operands(op.bind(node))
     return [o.value for o in operands if o.role in ("activation", "weight")]
-
-
-def _operand_bits(
-    owner: GraphModule, node: Node, bits_of: Mapping[str, int]
-) -> list[int]:
-    """Bit-widths of the two widest operands; floating point counts as 32."""
-    bits: list[int] = []
-    for value in multiplied(node):
-        quantizer = quantizer_behind(owner, value)
-        edge = None if quantizer is None else quantizer.edge
-        bits.append(FLOAT_BITS if edge is None else bits_of.get(edge, FLOAT_BITS))
-    return sorted(bits)[-2:]
