@@ -31,6 +31,8 @@ class CaptureFacts:
         real: the model reads data, so that it ran on real values.
         modes: for each mode that ``train(mode)`` of the model sets, the modules that
             it leaves in the other one, by path.
+        left: path of a module inside an opaque one that has weights and no graph of its
+            own -> why.
     """
 
     specialized: tuple[Specialization, ...] = ()
@@ -39,6 +41,7 @@ class CaptureFacts:
     modes: Mapping[bool, tuple[str, ...]] = field(
         default_factory=dict[bool, tuple[str, ...]]
     )
+    left: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class CapturedModule(PickledByNodes):
