@@ -18,9 +18,14 @@ from torch.utils._pytree import (
 from gdnsq_fx.analysis.divergence import sample_products
 from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
 from gdnsq_fx.annotations import facts
+from gdnsq_fx.nested import nested_graphs
 from gdnsq_fx.operands import Operand
 from gdnsq_fx.opinfo import OpInfo
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from gdnsq_fx.sites import sites
+
+from ._base import placeholder_values
+from ._nested_calls import run_by
 
 
 class EdgeProbe(Interpreter):
@@ -29,15 +34,33 @@ class EdgeProbe(Interpreter):
     An activation edge is probed at the quantizer, a weight edge at the output of the
     operation that reads it, where its error has the effect ``op(x, weight error)``.
     Values handed on are clones, so that in-place operations do not disturb a probe.
+    Each call of a graph inside an opaque module has a probe of its own, which adds to
+    the same list.
     """
 
     def __init__(
-        self, graph_module: GraphModule, statistics: dict[str, EdgeStatistics]
+        self,
+        graph_module: GraphModule,
+        statistics: dict[str, EdgeStatistics],
+        probes: list[tuple[Tensor, Tensor, str]] | None = None,
     ) -> None:
         super().__init__(graph_module)
         self.statistics = statistics
-        self.probes: list[tuple[Tensor, Tensor, str]] = []
+        self.probes = [] if probes is None else probes
         self._errors: dict[Node, tuple[str, Any]] = {}
+
+    def run_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the graph, with the graphs inside it probed as well."""
+        owner = self.module
+        assert isinstance(owner, GraphModule)
+        with run_by(nested_graphs(owner), self._run_inside):
+            return self.run(*placeholder_values(owner, args, kwargs))
+
+    def _run_inside(
+        self, graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        probe = EdgeProbe(graph, self.statistics, self.probes)
+        return probe.run(*placeholder_values(graph, args, kwargs))
 
     def run_node(self, n: Node) -> Any:
         """Run one node; quantizers pass their input on."""
@@ -61,13 +84,17 @@ class EdgeProbe(Interpreter):
         """Square the per-sample products of one draw and add them to the statistics.
 
         A weight that several layers share has several probes: their products add up
-        before squaring.
+        before squaring. The rows of a value inside an opaque module need not be
+        samples: its products add up over all of them, which has the same mean.
         """
+        assert isinstance(self.module, GraphModule)
+        inside = {s.edge for g in nested_graphs(self.module) for s in sites(g)}
         products: dict[str, Tensor] = {}
         for (_, error, edge), gradient in zip(self.probes, gradients, strict=True):
             if gradient is None:
                 continue
-            product = sample_products(gradient, error, batch)
+            leading = 1 if edge in inside else batch
+            product = sample_products(gradient, error, leading)
             known = products.get(edge)
             if known is None:
                 products[edge] = product

@@ -30,7 +30,7 @@ from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.sites import ActivationSite, WeightSite, require_quantizers, sites
 from gdnsq_fx.state import cloned, preserved_state
 
-from ._base import Pass, check_finite, placeholder_values
+from ._base import Pass, check_finite
 from ._probe import EdgeProbe
 
 
@@ -105,9 +105,8 @@ class AnalyzeCapacity(Pass):
         size = batch_size(batch.args, batch.kwargs)
         probe = EdgeProbe(graph_module, found)
         args, kwargs = cloned((batch.args, batch.kwargs))
-        values = placeholder_values(graph_module, args, kwargs)
         with torch.enable_grad():
-            logits = primary_output(probe.run(*values))
+            logits = primary_output(probe.run_all(args, kwargs))
         tensors = [tensor for tensor, _, _ in probe.probes]
         for draw in range(self.draws):
             signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0

@@ -24,8 +24,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from gdnsq_fx.annotations import facts
+from gdnsq_fx.capture.child_graph import LoweredChild
 from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.errors import PassError
+from gdnsq_fx.nested import graphs_of, path_of
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.stored import ancestors
@@ -46,16 +48,15 @@ class LowerToInteger(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """A new graph module; the given one is used up."""
-        if not self.rewrite(graph_module):
+        graphs = graphs_of(graph_module)
+        paths = [path_of(one) for one in graphs]
+        if not any([self.rewrite(one) for one in graphs]):
             return PassResult(graph_module, False)
-        _drop_unread_parameters(graph_module.graph)
-        graph_module.graph.lint()
-        # torch's own class copies just what the graph refers to.
-        lowered = GraphModule(graph_module, graph_module.graph, "IntegerModel")
-        lowered.meta = dict(graph_module.meta)
-        lowered._tracer_cls = None  # pyright: ignore[reportPrivateUsage]
-        lowered.train(graph_module.training)
-        return PassResult(lowered, True)
+        for one, path in reversed(list(zip(graphs, paths, strict=True))):  # inner first
+            if path:
+                child = _lowered(one, LoweredChild, one._get_name())
+                graph_module.set_submodule(path, child)
+        return PassResult(_lowered(graph_module, GraphModule, "IntegerModel"), True)
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Replace frozen quantizer nodes in place."""
@@ -72,6 +73,20 @@ class LowerToInteger(Pass):
             if not node.users:
                 graph_module.graph.erase_node(node)
         return any(lowered)
+
+
+def _lowered(
+    graph_module: GraphModule, kind: type[GraphModule], name: str
+) -> GraphModule:
+    """A graph module that holds no more than the graph uses."""
+    _drop_unread_parameters(graph_module.graph)
+    graph_module.graph.lint()
+    # torch's own class copies just what the graph refers to.
+    lowered = kind(graph_module, graph_module.graph, name)
+    lowered.meta = dict(graph_module.meta)
+    lowered._tracer_cls = None  # pyright: ignore[reportPrivateUsage]
+    lowered.train(graph_module.training)
+    return lowered
 
 
 def _lower(

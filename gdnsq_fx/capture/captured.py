@@ -72,8 +72,7 @@ class CapturedModule(PickledByNodes):
     @property
     def facts(self) -> CaptureFacts:
         """What was learnt on the way; kept in ``meta``, which copies keep."""
-        found = self.meta.get(_KEY)
-        return found if isinstance(found, CaptureFacts) else CaptureFacts()
+        return capture_facts(self)
 
     @facts.setter
     def facts(self, facts: CaptureFacts) -> None:
@@ -85,6 +84,12 @@ class CapturedModule(PickledByNodes):
         for path in self.facts.modes.get(mode, ()):
             self.get_submodule(path).training = not mode
         return self
+
+
+def capture_facts(graph_module: GraphModule) -> CaptureFacts:
+    """What was learnt when a model was captured, also of one that was converted."""
+    found = graph_module.meta.get(_KEY)
+    return found if isinstance(found, CaptureFacts) else CaptureFacts()
 
 
 def mode_exceptions(model: nn.Module) -> dict[bool, tuple[str, ...]]:

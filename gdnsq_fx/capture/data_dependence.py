@@ -67,7 +67,8 @@ def parting_modules(
         table: as for `trace`.
         kept: modules that are opaque by now.
     """
-    if not any(recorded.readers):
+    leaves = tree_leaves(arguments)
+    if not any(recorded.readers) or any(map(_is_meta, leaves)):
         return {}
     found: Reasons = {}
     for values in _other_values(arguments):
@@ -157,6 +158,10 @@ def _other_values(arguments: Arguments) -> Iterator[Arguments]:
         pairs = zip(tree_leaves(arguments), tree_leaves(other), strict=True)
         if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
             yield other
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def _first_only(value: Any) -> Any:
