@@ -70,7 +70,7 @@ def alike(graph_module: GraphModule, one: GraphModule) -> list[GraphModule]:
         for module in nested_graphs(graph_module)
         if (found := module.meta[PLACE_KEY]).opaque == place.opaque
     }
-    kinds = {inner: module._get_name() for inner, module in beside.items()}
+    kinds = {inner: type(module).__name__ for inner, module in beside.items()}
     return [beside[inner] for inner in counterparts(place.inner, kinds)]
 
 

@@ -47,13 +47,16 @@ class EdgeProbe(Interpreter):
         super().__init__(graph_module)
         self.statistics = statistics
         self.probes = [] if probes is None else probes
+        self._inside: set[str] = set()
         self._errors: dict[Node, tuple[str, Any]] = {}
 
     def run_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the graph, with the graphs inside it probed as well."""
         owner = self.module
         assert isinstance(owner, GraphModule)
-        with run_by(nested_graphs(owner), self._run_inside):
+        graphs = nested_graphs(owner)
+        self._inside = {site.edge for one in graphs for site in sites(one)}
+        with run_by(graphs, self._run_inside):
             return self.run(*placeholder_values(owner, args, kwargs))
 
     def _run_inside(
@@ -87,13 +90,11 @@ class EdgeProbe(Interpreter):
         before squaring. The rows of a value inside an opaque module need not be
         samples: its products add up over all of them, which has the same mean.
         """
-        assert isinstance(self.module, GraphModule)
-        inside = {s.edge for g in nested_graphs(self.module) for s in sites(g)}
         products: dict[str, Tensor] = {}
         for (_, error, edge), gradient in zip(self.probes, gradients, strict=True):
             if gradient is None:
                 continue
-            leading = 1 if edge in inside else batch
+            leading = 1 if edge in self._inside else batch
             product = sample_products(gradient, error, leading)
             known = products.get(edge)
             if known is None:

@@ -54,7 +54,7 @@ class LowerToInteger(Pass):
             return PassResult(graph_module, False)
         for one, path in reversed(list(zip(graphs, paths, strict=True))):  # inner first
             if path:
-                child = _lowered(one, LoweredChild, one._get_name())
+                child = _lowered(one, LoweredChild, type(one).__name__)
                 graph_module.set_submodule(path, child)
         return PassResult(_lowered(graph_module, GraphModule, "IntegerModel"), True)
 

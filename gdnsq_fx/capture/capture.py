@@ -105,15 +105,16 @@ def _settled(
             recording = _recorded(shell, example, table, kept, real=real)
             more = _unfit(shell, recording)
             if more.keys() <= kept.keys():
-                readers = recording.evaluation
                 captured = _assembled(shell, recording, example, table, kept)
-                more = parting_modules(model, captured, readers, example, table, kept)
+                more = parting_modules(
+                    model, captured, recording.evaluation, example, table, kept
+                )
         except CaptureError:
             if captured is None:
                 raise
-            return captured  # the module cannot stay whole: as good as it gets
-        if more.keys() <= kept.keys():
-            return captured or _assembled(shell, recording, example, table, kept)
+            return captured  # what should be opaque cannot be: as good as it gets
+        if captured is not None and more.keys() <= kept.keys():
+            return captured
         kept |= more
 
 
