@@ -56,11 +56,14 @@ def owner_of(graph_module: GraphModule, node: Node) -> GraphModule:
     return next(g for g in graphs_of(graph_module) if g.graph is node.graph)
 
 
-def alike(graph_module: GraphModule, one: GraphModule) -> list[GraphModule]:
+def alike(graph_module: GraphModule, one: GraphModule) -> list[list[GraphModule]]:
     """The other graphs of one opaque module that do the same job as one of them.
 
     The experts of a mixture are alike, and so are their layers, one by one, where the
     layers were captured and not the experts.
+
+    Returns:
+        Groups of graphs, the likest first (see `counterparts`).
     """
     place = one.meta.get(PLACE_KEY)
     if not isinstance(place, Place):
@@ -71,35 +74,34 @@ def alike(graph_module: GraphModule, one: GraphModule) -> list[GraphModule]:
         if (found := module.meta[PLACE_KEY]).opaque == place.opaque
     }
     kinds = {inner: type(module).__name__ for inner, module in beside.items()}
-    return [beside[inner] for inner in counterparts(place.inner, kinds)]
+    groups = counterparts(place.inner, kinds)
+    return [[beside[inner] for inner in group] for group in groups]
 
 
-def counterparts(path: str, kinds: Mapping[str, object]) -> list[str]:
-    """Paths that differ from one in a single place, and are of its kind.
+def counterparts(path: str, kinds: Mapping[str, object]) -> list[list[str]]:
+    """Paths as long as one and of its kind, the likest first.
 
-    The outermost place counts: of ``experts.3.fc1`` it is ``experts.0.fc1``, and not
-    ``experts.3.fc2``.
+    Likest are those that differ in the outermost place alone: of ``experts.3.fc1`` it
+    is ``experts.0.fc1``, before ``experts.3.fc2``.
 
     Args:
         path: one of the paths.
         kinds: the kind of each path.
+
+    Returns:
+        Groups of paths that differ in the same places.
     """
-    names = path.split(".")
-    for place in range(len(names)):
-        found = [
-            other
-            for other, kind in kinds.items()
-            if kind == kinds[path] and _differs_at(place, names, other.split("."))
-        ]
-        if found:
-            return found
-    return []
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for other, kind in kinds.items():
+        if kind == kinds[path] and other != path:
+            places = _differing(path.split("."), other.split("."))
+            groups.setdefault(places, []).append(other)
+    groups.pop((), None)
+    return [groups[places] for places in sorted(groups, key=lambda p: (len(p), p))]
 
 
-def _differs_at(place: int, names: list[str], others: list[str]) -> bool:
-    if len(names) != len(others) or names[place] == others[place]:
-        return False
-    return [*names[:place], *names[place + 1 :]] == [
-        *others[:place],
-        *others[place + 1 :],
-    ]
+def _differing(names: list[str], others: list[str]) -> tuple[int, ...]:
+    """In which places they differ; in none where one is longer."""
+    if len(names) != len(others):
+        return ()
+    return tuple(n for n, name in enumerate(names) if name != others[n])

@@ -138,11 +138,14 @@ class Calibrate(Pass):
 def _seen_alike(
     graph_module: GraphModule, site: ActivationSite, by_path: dict[str, Observer]
 ) -> Observer:
-    """What the same edge of the graphs alike has seen, together."""
+    """What the same edge of the likest graphs that saw anything has seen, together."""
     target = str(site.node.target)
-    paths = [f"{path_of(one)}.{target}" for one in alike(graph_module, site.owner)]
-    observers = [by_path[path] for path in paths if path in by_path]
-    return Observer.of_all(site.edge, observers)
+    for group in alike(graph_module, site.owner):
+        paths = [f"{path_of(one)}.{target}" for one in group]
+        found = Observer.of_all(site.edge, [by_path[p] for p in paths if p in by_path])
+        if not found.is_empty:
+            return found
+    return Observer(site.edge)
 
 
 @contextmanager

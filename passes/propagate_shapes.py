@@ -79,7 +79,8 @@ class _Counts:
 
     def run_unreached(self, one: GraphModule, calls: Calls) -> None:
         """Shapes of what the example does not reach, from its like; no MACs."""
-        likely = [c for other in alike(self.graph_module, one) for c in calls[other]]
+        groups = alike(self.graph_module, one)
+        likely = [c for group in groups for other in group for c in calls[other]]
         for call in likely[:1]:
             self.run(one, call, counts=False)
 

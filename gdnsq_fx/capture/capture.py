@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from gdnsq_fx.annotations import annotate
 from gdnsq_fx.capture.captured import CapturedModule, CaptureFacts, mode_exceptions
 from gdnsq_fx.capture.child_calls import Arguments
 from gdnsq_fx.capture.data_dependence import (
+    ReadsData,
     called_modules,
     choosing_modules,
     parting_modules,
@@ -59,17 +61,28 @@ def capture(
             does not compute what the model computes.
     """
     model = shell_of(model) if inplace else copied(model)
+    return _captured(model, (args, kwargs), table, opaque)
+
+
+def _captured(
+    model: nn.Module,
+    example: Arguments,
+    table: OpTable,
+    opaque: Mapping[str, str],
+    *,
+    inside: bool = False,
+) -> CapturedModule:
+    """Capture the model itself, or a module inside an opaque one."""
     if isinstance(model, GraphModule) and _has_one_graph(model):
         return CapturedModule(model, model.graph)
     # The first run also builds what a model builds on its first call.
-    seen = observe(model, args, kwargs)
-    example = args, kwargs
+    seen = observe(model, *example)
     try:
-        captured = _settled(model, example, table, opaque, real=False)
+        captured = _settled(model, example, table, opaque, inside, real=False)
         self_check(seen, model, captured)
     except CaptureError:
         # Code that asks for the very class of a tensor tells fake values apart.
-        captured = _settled(model, example, table, opaque, real=True)
+        captured = _settled(model, example, table, opaque, inside, real=True)
         self_check(seen, model, captured)
     return captured
 
@@ -94,6 +107,7 @@ def _settled(
     example: Arguments,
     table: OpTable,
     opaque: Mapping[str, str],
+    inside: bool,
     *,
     real: bool,
 ) -> CapturedModule:
@@ -102,7 +116,7 @@ def _settled(
     while True:
         shell = shell_of(model)  # what a recording adds is its own
         try:
-            recording = _recorded(shell, example, table, kept, real=real)
+            recording = _recorded(shell, example, table, kept, inside, real=real)
             more = _unfit(shell, recording)
             if more.keys() <= kept.keys():
                 captured = _assembled(shell, recording, example, table, kept)
@@ -113,6 +127,8 @@ def _settled(
             if captured is None:
                 raise
             return captured  # what should be opaque cannot be: as good as it gets
+        if "" in more:
+            raise ReadsData(more[""])
         if captured is not None and more.keys() <= kept.keys():
             return captured
         kept |= more
@@ -140,6 +156,7 @@ def _recorded(
     example: Arguments,
     table: OpTable,
     kept: Mapping[str, str],
+    inside: bool,
     *,
     real: bool,
 ) -> _Recording:
@@ -158,7 +175,13 @@ def _recorded(
             # The model itself refuses to train on this input (a detector without
             # targets), or the self-check finds the difference.
             training = evaluation
-    return _Recording(evaluation, training)
+    if inside:
+        return _Recording(evaluation, training)
+    # The model itself cannot stay whole: its graph goes as on the example.
+    first = replace(evaluation, readers=evaluation.readers - {""})
+    if training is evaluation:
+        return _Recording(first, first)
+    return _Recording(first, replace(training, readers=training.readers - {""}))
 
 
 def _assembled(
@@ -175,19 +198,24 @@ def _assembled(
         if training is not evaluation:
             fixed += at_other_sizes(model.train(), training, *example, table, kept)
 
-    def capture_child(child: nn.Module, arguments: Arguments) -> CapturedModule:
-        return capture(child, *arguments, table, inplace=True)
+    def capture_child(
+        child: nn.Module, arguments: Arguments, path: str
+    ) -> CapturedModule:
+        if path in kept:
+            raise ReadsData(kept[path])
+        below = {p.removeprefix(f"{path}."): why for p, why in kept.items()}
+        return _captured(shell_of(child), arguments, table, below, inside=True)
 
     opaque = recording.opaque
-    left = capture_children(model, opaque, example, table, capture_child)
+    inside = capture_children(model, opaque, example, table, capture_child)
     # As plain tensors: a parameter would become one of the captured model.
     vars(model).update({n: t.detach() for n, t in training.constants.items()})
     facts = CaptureFacts(
         tuple(dict.fromkeys((*evaluation.specialized, *training.specialized, *fixed))),
-        opaque,
+        opaque | inside.opaque,
         evaluation.real,
         mode_exceptions(model),
-        left,
+        inside.left,
     )
     graph = merged(model, evaluation.pruned(), training.pruned())
     return _built(model, graph, facts)

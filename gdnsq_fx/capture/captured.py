@@ -27,7 +27,8 @@ class CaptureFacts:
 
     Attributes:
         specialized: what the graph keeps as it was on the example.
-        opaque: path of a module that could not be looked into -> why.
+        opaque: path of a module that could not be looked into -> why; those inside
+            others as well.
         real: the model reads data, so that it ran on real values.
         modes: for each mode that ``train(mode)`` of the model sets, the modules that
             it leaves in the other one, by path.

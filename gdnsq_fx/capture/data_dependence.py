@@ -25,6 +25,8 @@ from gdnsq_fx.capture.alignment import aligned, plain_numbers
 from gdnsq_fx.capture.child_calls import Arguments
 from gdnsq_fx.capture.self_check import disagreement
 from gdnsq_fx.capture.tracing import Trace, trace
+from gdnsq_fx.errors import CaptureError
+from gdnsq_fx.nested import joined
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import preserved_modes
 
@@ -33,18 +35,23 @@ _CHOOSES = "its control flow reads data: it runs some of its children and not ot
 _PARTS = "its control flow reads data: on other values it makes other calls"
 
 
+class ReadsData(CaptureError):
+    """A module inside an opaque one is of this kind itself, so no graph holds it."""
+
+
 def choosing_modules(model: nn.Module, recorded: Trace) -> Reasons:
     """Modules that read data and called some of several children alike.
 
     Args:
         model: the model.
-        recorded: the recording, not pruned yet.
+        recorded: the recording, not pruned yet. Only of modules that its ``readers``
+            name is anything found.
     """
     called = called_modules(recorded)
     found = {
         path: _CHOOSES
         for path in recorded.readers
-        if path and _chooses(model.get_submodule(path), path, called)
+        if _chooses(model.get_submodule(path), path, called)
     }
     return _with_their_class(model, recorded, found)
 
@@ -68,7 +75,7 @@ def parting_modules(
         kept: modules that are opaque by now.
     """
     leaves = tree_leaves(arguments)
-    if not any(recorded.readers) or any(map(_is_meta, leaves)):
+    if not recorded.readers or any(map(_is_meta, leaves)):
         return {}
     found: Reasons = {}
     for values in _other_values(arguments):
@@ -82,6 +89,8 @@ def parting_modules(
             )
         if one is not None and two is not None:
             found |= dict.fromkeys(_parted(one, two), _PARTS)
+    if "" not in recorded.readers:
+        found.pop("", None)
     return _with_their_class(model, recorded, found)
 
 
@@ -112,7 +121,7 @@ def called_modules(recorded: Trace) -> set[str]:
 def _chooses(module: nn.Module, path: str, called: set[str]) -> bool:
     groups: dict[type, list[bool]] = {}
     for name, child in module.named_children():
-        below = f"{path}.{name}"
+        below = joined(path, name)
         if below not in called and isinstance(child, nn.ModuleList | nn.ModuleDict):
             if _chooses(child, below, called):
                 return True
@@ -132,13 +141,13 @@ def _parted(one: Trace, two: Trace) -> set[str]:
         pairs = zip(block.first, block.second, strict=True)
         differing += [n for n, m in pairs if plain_numbers(n) != plain_numbers(m)]
     found = {_reader_of(node, readers) for node in differing}
-    return {path for path in found if path}
+    return {path for path in found if path is not None}
 
 
-def _reader_of(node: Node, readers: frozenset[str]) -> str:
+def _reader_of(node: Node, readers: frozenset[str]) -> str | None:
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    return next((path for path in reversed(paths) if path in readers), "")
+    paths = [str(path) for path, _ in stack.values() if path != node.target]
+    return next((path for path in reversed(paths) if path in readers), None)
 
 
 def _with_their_class(model: nn.Module, recorded: Trace, found: Reasons) -> Reasons:
@@ -146,7 +155,7 @@ def _with_their_class(model: nn.Module, recorded: Trace, found: Reasons) -> Reas
     alike = {
         path: kinds[kind]
         for path in recorded.readers
-        if path and (kind := type(model.get_submodule(path))) in kinds
+        if (kind := type(model.get_submodule(path))) in kinds
     }
     return {**alike, **found}
 

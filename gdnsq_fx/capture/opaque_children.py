@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from torch.fx import GraphModule
 from gdnsq_fx.capture.captured import CapturedModule
 from gdnsq_fx.capture.child_calls import Arguments, Calls, calls_within
 from gdnsq_fx.capture.child_graph import ChildGraph, StandIn, child_graph, place
+from gdnsq_fx.capture.data_dependence import ReadsData
 from gdnsq_fx.capture.leaves import has_backward_hooks, stays_whole
 from gdnsq_fx.capture.self_check import disagreement
 from gdnsq_fx.capture.shells import own_path, shell_of
@@ -28,7 +30,19 @@ from gdnsq_fx.nested import counterparts, joined, nested_graphs
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import preserved_modes
 
-Capture = Callable[[nn.Module, Arguments], CapturedModule]
+Capture = Callable[[nn.Module, Arguments, str], CapturedModule]
+
+
+class Inside(NamedTuple):
+    """What was learnt about opaque modules.
+
+    Attributes:
+        left: path of each module with weights that stays as it is inside -> why.
+        opaque: path of each module inside that no graph can hold either -> why.
+    """
+
+    left: dict[str, str]
+    opaque: dict[str, str]
 
 
 def capture_children(
@@ -37,7 +51,7 @@ def capture_children(
     arguments: Arguments,
     table: OpTable,
     capture: Capture,
-) -> dict[str, str]:
+) -> Inside:
     """Put graphs in the place of children of opaque modules.
 
     The modules along the way become shells: whoever else holds them sees no change. All
@@ -48,28 +62,27 @@ def capture_children(
         opaque: paths of opaque modules, none inside another.
         arguments: the example input, ``(args, kwargs)``.
         table: tells what is worth a graph of its own.
-        capture: captures one child, sharing what it holds, on example arguments.
-
-    Returns:
-        Path of each module with weights that stays as it is inside -> why.
+        capture: captures one child, sharing what it holds, on example arguments, given
+            its path.
     """
     modules = {path: shell.get_submodule(path) for path in opaque}
     modules = {path: m for path, m in modules.items() if _may_be_entered(m)}
     modules = {path: m for path, m in modules.items() if _may_be_reached(shell, path)}
+    found = Inside({}, {})
     if not modules:
-        return {}
+        return found
     calls = calls_within(shell, modules, arguments)
-    left: dict[str, str] = {}
     for path, module in modules.items():
         finder = _Finder(module, path, calls, table, capture)
         finder.search(module, "")
         _keep_what_works(finder)
-        left |= {joined(path, inner): why for inner, why in finder.left.items()}
+        found.left.update({f"{path}.{p}": why for p, why in finder.left.items()})
+        found.opaque.update({f"{path}.{p}": why for p, why in finder.opaque.items()})
         if finder.graphs:
             _exchange(own_path(shell, path), finder.graphs)
         for inner, graph in finder.graphs.items():
             place(graph, path, inner)
-    return left
+    return found
 
 
 class _Finder:
@@ -84,6 +97,7 @@ class _Finder:
         capture: Capture,
     ) -> None:
         self.module = module
+        self.path = path
         self.call = calls.get(path)
         inner = {p: calls.get(f"{path}.{p}") for p, _ in module.named_modules() if p}
         self.calls = {p: found for p, found in inner.items() if found is not None}
@@ -92,6 +106,7 @@ class _Finder:
         self.capture = capture
         self.graphs: dict[str, ChildGraph] = {}
         self.left: dict[str, str] = {}
+        self.opaque: dict[str, str] = {}
 
     def search(self, module: nn.Module, inner: str) -> None:
         """Capture the children of a module, or else theirs."""
@@ -119,7 +134,8 @@ class _Finder:
             return "has backward hooks"
         own = self.calls.get(path)
         beside = counterparts(path, self.kinds) if own is None else []
-        examples = [own, *map(self.calls.get, beside)]
+        others = [other for group in beside for other in group]
+        examples = [own, *map(self.calls.get, others)]
         reason = "the example runs neither it nor anything of its kind beside it"
         for calls in examples:
             if calls is None:
@@ -134,12 +150,18 @@ class _Finder:
             with warnings.catch_warnings():
                 # It will be called with other numbers of tokens.
                 warnings.simplefilter("error", CaptureWarning)
-                captured = self.capture(child, calls.example)
+                captured = self.capture(child, calls.example, f"{self.path}.{path}")
+        except ReadsData as error:
+            self.opaque[path] = str(error)
+            return str(error)
         except Exception as error:  # any error of the user's code is data here
             return f"cannot be captured ({error})"
         if not _computes(captured, self.table):
             return "holds no operation that can be quantized"
         self.graphs[path] = child_graph(captured, child)
+        below = captured.facts
+        self.opaque |= {f"{path}.{p}": why for p, why in below.opaque.items()}
+        self.left |= {f"{path}.{p}": why for p, why in below.left.items()}
         return None
 
 

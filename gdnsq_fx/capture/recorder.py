@@ -181,12 +181,12 @@ class Recorder(TorchFunctionMode):
                 self.ledger.scalar_node("call_method", "size", (args[0], 0), {}), value
             )
             return value
-        if name in _ITEMS or isinstance(value, bool):
-            self._note_reader()
         sized = name in _SYMBOLIC
         known = any(map(self._depends, tree_leaves((args, kwargs))))
         if not sized or not known:
             return value
+        if name in _ITEMS:
+            self._note_reader()
         if isinstance(value, bool):
             self.specialize("data", value)
             return value
