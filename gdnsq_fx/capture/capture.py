@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.fx import Graph, GraphModule
@@ -13,18 +12,13 @@ from torch.fx import Graph, GraphModule
 from gdnsq_fx.annotations import annotate
 from gdnsq_fx.capture.captured import CapturedModule, CaptureFacts, mode_exceptions
 from gdnsq_fx.capture.child_calls import Arguments
-from gdnsq_fx.capture.data_dependence import (
-    ReadsData,
-    called_modules,
-    choosing_modules,
-    parting_modules,
-)
+from gdnsq_fx.capture.data_dependence import ReadsData, parting_modules
 from gdnsq_fx.capture.modes import merged
 from gdnsq_fx.capture.opaque_children import capture_children
+from gdnsq_fx.capture.recording import Recording, recorded, unfit_modules
 from gdnsq_fx.capture.resizing import at_other_sizes
 from gdnsq_fx.capture.self_check import observe, self_check
 from gdnsq_fx.capture.shells import copied, shell_of
-from gdnsq_fx.capture.tracing import Trace, trace
 from gdnsq_fx.errors import CaptureError
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
@@ -80,26 +74,13 @@ def _captured(
     try:
         captured = _settled(model, example, table, opaque, inside, real=False)
         self_check(seen, model, captured)
+    except ReadsData:
+        raise
     except CaptureError:
         # Code that asks for the very class of a tensor tells fake values apart.
         captured = _settled(model, example, table, opaque, inside, real=True)
         self_check(seen, model, captured)
     return captured
-
-
-class _Recording(NamedTuple):
-    """A recording of each mode; the same one twice where the model has one only."""
-
-    evaluation: Trace
-    training: Trace
-
-    @property
-    def opaque(self) -> dict[str, str]:
-        """Modules that either could not look into -> why."""
-        found = self.evaluation.opaque | self.training.opaque
-        graphs = self.evaluation.graph, self.training.graph
-        called = {str(n.target) for g in graphs for n in g.find_nodes(op="call_module")}
-        return {path: why for path, why in found.items() if path in called}
 
 
 def _settled(
@@ -116,13 +97,12 @@ def _settled(
     while True:
         shell = shell_of(model)  # what a recording adds is its own
         try:
-            recording = _recorded(shell, example, table, kept, inside, real=real)
-            more = _unfit(shell, recording)
+            recording = recorded(shell, example, table, kept, inside, real=real)
+            more = unfit_modules(shell, recording)
             if more.keys() <= kept.keys():
                 captured = _assembled(shell, recording, example, table, kept)
-                more = parting_modules(
-                    model, captured, recording.evaluation, example, table, kept
-                )
+                for one in dict.fromkeys(recording):
+                    more |= parting_modules(model, captured, one, example, table, kept)
         except CaptureError:
             if captured is None:
                 raise
@@ -134,59 +114,15 @@ def _settled(
         kept |= more
 
 
-def _unfit(shell: nn.Module, recording: _Recording) -> dict[str, str]:
-    """Modules that no recording should look into, though one or both did."""
-    modes = recording.evaluation, recording.training
-    found: dict[str, str] = {}
-    for one, other in (modes, modes[::-1]):
-        hidden = one.opaque.keys() - other.opaque.keys()
-        found |= {p: one.opaque[p] for p in hidden if p in called_modules(other)}
-        found |= choosing_modules(shell, one)
-    return found
-
-
 def _has_one_graph(model: GraphModule) -> bool:
     """Not so in a class of somebody's own, which may change graphs in ``train()``."""
     # The class of an instance is made for it alone; the one above is what it is.
     return type(model).__mro__[1] in (GraphModule, CapturedModule)
 
 
-def _recorded(
-    model: nn.Module,
-    example: Arguments,
-    table: OpTable,
-    kept: Mapping[str, str],
-    inside: bool,
-    *,
-    real: bool,
-) -> _Recording:
-    with preserved_modes(model):
-        evaluation = _trace(model.eval(), example, table, real, kept)
-        try:
-            training = trace(
-                model.train(),
-                *example,
-                table,
-                evaluation.constants,
-                "real" if evaluation.real else "fake first",
-                kept,
-            )
-        except Exception:
-            # The model itself refuses to train on this input (a detector without
-            # targets), or the self-check finds the difference.
-            training = evaluation
-    if inside:
-        return _Recording(evaluation, training)
-    # The model itself cannot stay whole: its graph goes as on the example.
-    first = replace(evaluation, readers=evaluation.readers - {""})
-    if training is evaluation:
-        return _Recording(first, first)
-    return _Recording(first, replace(training, readers=training.readers - {""}))
-
-
 def _assembled(
     model: nn.Module,
-    recording: _Recording,
+    recording: Recording,
     example: Arguments,
     table: OpTable,
     kept: Mapping[str, str],
@@ -203,7 +139,8 @@ def _assembled(
     ) -> CapturedModule:
         if path in kept:
             raise ReadsData(kept[path])
-        below = {p.removeprefix(f"{path}."): why for p, why in kept.items()}
+        start = len(path) + 1
+        below = {p[start:]: w for p, w in kept.items() if p.startswith(f"{path}.")}
         return _captured(shell_of(child), arguments, table, below, inside=True)
 
     opaque = recording.opaque
@@ -219,24 +156,6 @@ def _assembled(
     )
     graph = merged(model, evaluation.pruned(), training.pruned())
     return _built(model, graph, facts)
-
-
-def _trace(
-    model: nn.Module,
-    example: Arguments,
-    table: OpTable,
-    real: bool,
-    kept: Mapping[str, str],
-) -> Trace:
-    try:
-        values = "real" if real else "fake first"
-        return trace(model, *example, table, values=values, kept=kept)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be captured: {error}. Pass only tensors "
-            "and plain values to its sub-modules and return tensors in tuples, lists, "
-            "dicts or dataclasses, or prepare the sub-module that holds the layers"
-        ) from error
 
 
 def _built(model: nn.Module, graph: Graph, facts: CaptureFacts) -> CapturedModule:

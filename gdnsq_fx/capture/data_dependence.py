@@ -69,7 +69,7 @@ def parting_modules(
     Args:
         model: the model.
         captured: its graph.
-        recorded: the recording in evaluation.
+        recorded: the recording in one mode, in which values are compared.
         arguments: the example input, ``(args, kwargs)``.
         table: as for `trace`.
         kept: modules that are opaque by now.
@@ -79,10 +79,10 @@ def parting_modules(
         return {}
     found: Reasons = {}
     for values in _other_values(arguments):
-        if disagreement(model, captured, values, modes=(False,)) is None:
+        if disagreement(model, captured, values, modes=(recorded.training,)) is None:
             continue
         with preserved_modes(model):
-            model.eval()
+            model.train(recorded.training)
             one, two = (
                 _recorded(model, example, recorded, table, kept)
                 for example in (arguments, values)

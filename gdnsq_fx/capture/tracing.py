@@ -33,7 +33,7 @@ from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import preserved_state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """A recorded graph and what was learnt on the way.
 
@@ -46,6 +46,7 @@ class Trace:
         numbers: what each node that stands for a number was on the example.
         disposable: nodes without effect, to be dropped where nothing reads them.
         readers: paths of the modules whose own code reads data.
+        training: the mode of the model.
     """
 
     graph: Graph
@@ -56,6 +57,7 @@ class Trace:
     numbers: dict[Node, Any]
     disposable: set[Node]
     readers: frozenset[str]
+    training: bool
 
     def pruned(self) -> Graph:
         """The graph without numbers, attributes and parameters that nothing reads."""
@@ -149,6 +151,7 @@ class _Tracer:
             {node: plain(value) for node, value in recorder.ledger.numbers.items()},
             recorder.ledger.disposable,
             frozenset(recorder.readers),
+            self.root.training,
         )
 
     # --- modules -----------------------------------------------------------------
