@@ -27,6 +27,7 @@ class Inserter:
         nonnegative: values that are proven to be at least 0.
         weights: see `weight_values`.
         taken: names of edges in the whole model, to which those made here are added.
+        device: that of the model.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Inserter:
         nonnegative: set[Node],
         weights: set[Node],
         taken: set[str],
+        device: torch.device,
     ) -> None:
         self.owner = owner
         self.nonnegative = nonnegative
         self.weights = weights
         self.taken = taken
+        self.device = device
         self.replaced: list[Node] = []
 
     def insert(self, grid: Grid) -> None:
@@ -107,7 +110,7 @@ class Inserter:
         if grid.layout is None:
             nonnegative = self.nonnegative.issuperset(producers)
             made = ActivationQuantizer(name, grid.spec, nonnegative=nonnegative)
-            made.to(_device(self.owner))
+            made.to(self.device)
         else:
             weight = stored_value(self.owner, producers[0]).detach()
             made = WeightQuantizer(name, grid.spec, grid.layout, weight)
@@ -125,9 +128,3 @@ def _container(owner: GraphModule) -> nn.ModuleDict:
             "for its quantizers; rename it"
         )
     return container
-
-
-def _device(owner: GraphModule) -> torch.device:
-    for tensor in (*owner.parameters(), *owner.buffers()):
-        return tensor.device
-    return torch.device("cpu")

@@ -17,10 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import annotate, compute_nodes, described, facts
 from gdnsq_fx.errors import NothingToQuantizeError, PassError
+from gdnsq_fx.inputs import model_device
 from gdnsq_fx.nested import alike, graphs_of, nested_graphs, path_of
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantConfig
@@ -69,19 +71,21 @@ class InsertQuantizers(Pass):
         """Insert what is missing; False where every edge has its quantizer already."""
         chosen, boundary = self._chosen(graph_module)
         taken = {m.edge for m in graph_module.modules() if isinstance(m, Quantizer)}
-        return rewrite_each(
-            graph_module, lambda one: self._insert(one, chosen, boundary, taken)
-        )
+        device = model_device(graph_module) or torch.device("cpu")
+
+        def insert(one: GraphModule) -> bool:
+            weights = weight_values(one)
+            nonnegative = nonnegative_values(one)
+            inserter = Inserter(one, nonnegative, weights, taken, device)
+            return self._insert(inserter, chosen, boundary)
+
+        return rewrite_each(graph_module, insert)
 
     def _insert(
-        self,
-        graph_module: GraphModule,
-        chosen: set[Node],
-        boundary: set[Node],
-        taken: set[str],
+        self, inserter: Inserter, chosen: set[Node], boundary: set[Node]
     ) -> bool:
         """Insert the quantizers of one graph."""
-        weights = weight_values(graph_module)
+        graph_module, weights = inserter.owner, inserter.weights
         nodes = [n for n in graph_module.graph.nodes if n in chosen]
         slots = [s for n in nodes for s in self._slots(n, weights, boundary)]
         full = self.config.scope == "full"
@@ -92,8 +96,6 @@ class InsertQuantizers(Pass):
             ),
             *activation_grids(graph_module, data, weights, full=full),
         ]
-        nonnegative = nonnegative_values(graph_module)
-        inserter = Inserter(graph_module, nonnegative, weights, taken)
         for grid in grids:
             inserter.insert(grid)
         inserter.erase_unread()

@@ -32,7 +32,7 @@ from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.stored import ancestors
 
-from ._base import Pass
+from ._base import Pass, rewrite_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class LowerToInteger(Pass):
         """A new graph module; the given one is used up."""
         graphs = graphs_of(graph_module)
         paths = [path_of(one) for one in graphs]
-        if not any([self.rewrite(one) for one in graphs]):
+        if not self.rewrite(graph_module):
             return PassResult(graph_module, False)
         for one, path in reversed(list(zip(graphs, paths, strict=True))):  # inner first
             if path:
@@ -61,18 +61,22 @@ class LowerToInteger(Pass):
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Replace frozen quantizer nodes in place."""
         kinds = _float_dtypes(graph_module)
-        found = [
-            (node, graph_module.get_submodule(str(node.target)))
-            for node in graph_module.graph.find_nodes(op="call_module")
-        ]
-        sources = [n for n, m in found if isinstance(m, FrozenWeight)]
-        computed = ancestors(sources) - set(sources)
-        lowered = [_lower(graph_module.graph, n, m, kinds) for n, m in found]
-        # What a weight was computed from: its codes stand for all of it.
-        for node in sorted(computed, reverse=True):
-            if not node.users:
-                graph_module.graph.erase_node(node)
-        return any(lowered)
+        return rewrite_each(graph_module, lambda one: _replace(one, kinds))
+
+
+def _replace(graph_module: GraphModule, kinds: list[torch.dtype]) -> bool:
+    found = [
+        (node, graph_module.get_submodule(str(node.target)))
+        for node in graph_module.graph.find_nodes(op="call_module")
+    ]
+    sources = [n for n, m in found if isinstance(m, FrozenWeight)]
+    computed = ancestors(sources) - set(sources)
+    lowered = [_lower(graph_module.graph, n, m, kinds) for n, m in found]
+    # What a weight was computed from: its codes stand for all of it.
+    for node in sorted(computed, reverse=True):
+        if not node.users:
+            graph_module.graph.erase_node(node)
+    return any(lowered)
 
 
 def _lowered(

@@ -132,7 +132,7 @@ class Recorder(TorchFunctionMode):
         value = self.compute(func, args, kwargs)
         if value is None and name not in ("__setitem__",):
             return None
-        if name in _DATA_SIZED:
+        if name in _DATA_SIZED or (name == "where" and len(args) == 1):
             self._note_reader()
         if not _holds_tensor(value) and value is not None:
             return self._number(func, args, kwargs, name, value)

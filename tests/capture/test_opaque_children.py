@@ -392,6 +392,41 @@ def test_what_the_example_cannot_reach_stays_with_a_reason() -> None:
         torch.testing.assert_close(captured(value), model(value))
 
 
+class _Scores(nn.Module):
+    """Multiplies, and has no parameters that tell its precision."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1)).softmax(-1)
+
+
+class _Attends(nn.Module):
+    """Cannot be looked into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = _Scores()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x.data = 2 * x.data
+        return self.scores(x, x) @ x
+
+
+def test_a_child_without_parameters_computes_in_the_precision_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), _Attends()).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    qmodel = gdnsq_fx.prepare(model, x, _CONFIG, [x]).eval()
+    assert {"1.scores.matmul.input", "1.scores.matmul.other"} < {
+        site.edge for site in sites(qmodel)
+    }
+    imodel = gdnsq_fx.convert(qmodel)
+    assert torch.equal(imodel(x), qmodel(x)) and imodel(x).dtype is torch.float64
+    # What the opaque module multiplies itself stays in floating point, with a reason.
+    (skip,) = coverage_of(qmodel).skipped
+    assert skip.name == "1" and "cannot be looked into" in skip.reason
+    assert coverage_of(qmodel).macs == pytest.approx((48 + 36) / (48 + 36 + 36))
+
+
 def test_tied_weights_stay_tied() -> None:
     model = Routed()
     model.mixture.experts[1].fc1.weight = model.mixture.experts[0].fc1.weight
