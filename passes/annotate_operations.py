@@ -110,8 +110,10 @@ def _unknown(node: Node, op: OpInfo | None, owner: GraphModule) -> str | None:
         return facts(node).skip
     module = owner.get_submodule(str(node.target))
     ours = isinstance(module, Quantizer | FrozenActivation | FrozenWeight)
-    if ours or not node.all_input_nodes or not _has_weights(module):
+    if ours or not node.all_input_nodes:
         return None
+    if not _has_weights(module):
+        return facts(node).skip if op is None else None
     if op is not None:
         return f"{op.name} is not quantized"
     # Capture may have left a better reason.

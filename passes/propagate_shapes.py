@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdnsq_fx.annotations import KEY, annotate, described, facts
+from gdnsq_fx.capture.captured import capture_facts
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.inputs import batch_size
 from gdnsq_fx.nested import alike, graphs_of, joined, nested_graphs, path_of
@@ -114,8 +115,8 @@ class _Counts:
         skip = facts(node).skip or f"{name} is not in the op table"
         if macs:
             annotate(node, macs=macs, skip=skip)
-        else:  # all that could be quantized inside has a graph
-            annotate(node, macs=0, skip=None if inside else facts(node).skip)
+        else:  # all that could be quantized inside has a graph, or there is nothing
+            annotate(node, macs=0, skip=None)
 
     def _inside(self, one: GraphModule, node: Node) -> list[GraphModule]:
         if node.op != "call_module":
@@ -154,15 +155,20 @@ class _ShapeRecorder(Interpreter):
         """
         owner = self.module
         assert isinstance(owner, GraphModule)
-        if n.op == "call_module" and not _holds_weights(owner, n):
+        silent = n.op == "call_module" and not _holds_weights(owner, n)
+        if silent and not _is_opaque(owner, n):
             return super().run_node(n)
         counter = FlopCounterMode(display=False)
         with without_fast_path(), counter:
             value = super().run_node(n)
         counted = counter.get_total_flops() // 2
-        if counted or _weight_elements(owner, n):
+        if counted or _is_opaque(owner, n) or _weight_elements(owner, n):
             self.unknown[n] = counted
         return value
+
+
+def _is_opaque(owner: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and node.target in capture_facts(owner).opaque
 
 
 def _same_call(one: Node, other: Node) -> bool:
