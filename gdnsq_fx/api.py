@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -104,7 +105,8 @@ def prepare(
         )
     captured = _captured(model, example_input, facts, table, inplace=inplace)
     insertion = _insertion(example_input, facts, table)
-    return run_passes(captured, (*insertion, Calibrate(calibration, inputs)))
+    calibrate = Calibrate(calibration, inputs, example_input)
+    return run_passes(captured, (*insertion, calibrate))
 
 
 def analyze(
@@ -252,7 +254,9 @@ def load(
     facts = ModelFacts(
         contents.config, InputStructure.of(example_input), contents.folded
     )
-    captured = _captured(model, example_input, facts, table).eval()
+    captured = _captured(
+        model, example_input, facts, table, opaque=contents.opaque
+    ).eval()
     try:
         skeleton = run_passes(captured, _insertion(example_input, facts, table))
     except (NothingToQuantizeError, NotQuantizedError, PatternError) as error:
@@ -292,11 +296,12 @@ def _captured(
     table: OpTable,
     *,
     inplace: bool = False,
+    opaque: Mapping[str, str] = MappingProxyType({}),
 ) -> GraphModule:
     """The graph of a copy of the model (or of itself), with its facts."""
     args, kwargs = facts.inputs.args_kwargs(example_input)
     check_device(model, args, kwargs)
-    captured = capture(model, args, kwargs, table, inplace=inplace)
+    captured = capture(model, args, kwargs, table, inplace=inplace, opaque=opaque)
     captured.meta[KEY] = facts
     return captured
 

@@ -67,5 +67,9 @@ class MissingExtraError(GdnsqError, ImportError):
     """An optional dependency is not installed; the message names the extra."""
 
 
+class CalibrationWarning(UserWarning):
+    """Levels were placed from other values than those that the edge will carry."""
+
+
 class CaptureWarning(UserWarning):
     """The captured graph holds for fewer inputs than the model does."""

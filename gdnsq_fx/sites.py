@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import facts
 from gdnsq_fx.errors import PassError
+from gdnsq_fx.nested import graphs_of, joined, path_of
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 from gdnsq_fx.stored import stored_value
 
@@ -23,15 +24,22 @@ class Site(Generic[Q]):
     Attributes:
         nodes: in graph order; more than one where tensors share a grid.
         quantizer: their module.
+        owner: the graph module that they stand in, the model or one inside it.
     """
 
     nodes: tuple[Node, ...]
     quantizer: Q
+    owner: GraphModule
 
     @property
     def node(self) -> Node:
         """The first of its nodes."""
         return self.nodes[0]
+
+    @property
+    def path(self) -> str:
+        """Path of the quantizer in the whole model."""
+        return joined(path_of(self.owner), str(self.node.target))
 
     @property
     def edge(self) -> str:
@@ -42,8 +50,6 @@ class Site(Generic[Q]):
 @dataclass(frozen=True)
 class WeightSite(Site[WeightQuantizer]):
     """A weight quantizer and where its weight comes from."""
-
-    owner: GraphModule
 
     def weight(self) -> Tensor:
         """The weight as it is now (with its graph where it is computed)."""
@@ -58,7 +64,11 @@ class ActivationSite(Site[ActivationQuantizer]):
 
 
 def sites(graph_module: GraphModule) -> list[WeightSite | ActivationSite]:
-    """All quantizers in graph order, each once."""
+    """All quantizers in graph order, each once; then those of the graphs inside."""
+    return [site for one in graphs_of(graph_module) for site in _sites_in(one)]
+
+
+def _sites_in(graph_module: GraphModule) -> list[WeightSite | ActivationSite]:
     nodes: dict[Quantizer, list[Node]] = {}
     for node in graph_module.graph.find_nodes(op="call_module"):
         module = graph_module.get_submodule(str(node.target))
@@ -69,7 +79,7 @@ def sites(graph_module: GraphModule) -> list[WeightSite | ActivationSite]:
         if isinstance(module, WeightQuantizer):
             found.append(WeightSite(tuple(calls), module, graph_module))
         elif isinstance(module, ActivationQuantizer):
-            found.append(ActivationSite(tuple(calls), module))
+            found.append(ActivationSite(tuple(calls), module, graph_module))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from gdnsq_fx.annotations import KEY
 from gdnsq_fx.errors import CalibrationError, PassError
 from gdnsq_fx.inputs import Batch
+from gdnsq_fx.nested import graphs_of
 
 
 @dataclass(frozen=True, eq=False)  # by identity: options may be unhashable
@@ -41,9 +43,9 @@ class Pass(PassBase):
     def call(self, graph_module: GraphModule) -> PassResult:
         """Rewrite in place; lint and recompile if anything changed."""
         modified = self.rewrite(graph_module)
-        if modified:
-            graph_module.graph.lint()
-            graph_module.recompile()
+        for one in graphs_of(graph_module) if modified else ():
+            one.graph.lint()
+            one.recompile()
         return PassResult(graph_module, modified)
 
     @abstractmethod
@@ -61,6 +63,13 @@ class Pass(PassBase):
                 f"{self.name} needs annotated operations, and this graph has none; "
                 "run AnnotateOperations first"
             )
+
+
+def rewrite_each(
+    graph_module: GraphModule, rewrite: Callable[[GraphModule], bool]
+) -> bool:
+    """Rewrite a graph and the graphs inside, one by one; True if one changed."""
+    return any([rewrite(one) for one in graphs_of(graph_module)])
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from gdnsq_fx.channels import PER_TENSOR, ChannelLayout
 from gdnsq_fx.effects import writes_in_place
+from gdnsq_fx.nested import joined, path_of
 from gdnsq_fx.sites import quantizer_behind
 from gdnsq_fx.spec import QuantSpec
 from gdnsq_fx.stored import storage_root
@@ -80,7 +81,7 @@ def weight_grids(
         specs = [slot.config.weight_spec() for slot in same]
         grids.append(
             Grid(
-                str(base.target) if _is_named(base) else same[0].name,
+                _name_of(base, owner) or same[0].name,
                 _widest(specs),
                 layouts.pop() if len(layouts) == 1 else PER_TENSOR,
                 (Place(base, same),),
@@ -186,5 +187,8 @@ def _widest(specs: list[QuantSpec]) -> QuantSpec:
     return max(specs, key=lambda spec: spec.bits)
 
 
-def _is_named(base: Node) -> bool:
-    return base.op == "get_attr" and "." in str(base.target)
+def _name_of(base: Node, owner: GraphModule) -> str:
+    """Name of a parameter of a layer in the whole model; empty for anything else."""
+    if base.op != "get_attr" or "." not in str(base.target):
+        return ""
+    return joined(path_of(owner), str(base.target))

@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import annotate, facts, shape_facts
 from gdnsq_fx.errors import PassError
+from gdnsq_fx.nested import path_of
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 from gdnsq_fx.stored import stored_value
 
@@ -25,15 +26,23 @@ class Inserter:
         owner: the graph module.
         nonnegative: values that are proven to be at least 0.
         weights: see `weight_values`.
+        taken: names of edges in the whole model, to which those made here are added.
+        device: that of the model.
     """
 
     def __init__(
-        self, owner: GraphModule, nonnegative: set[Node], weights: set[Node]
+        self,
+        owner: GraphModule,
+        nonnegative: set[Node],
+        weights: set[Node],
+        taken: set[str],
+        device: torch.device,
     ) -> None:
         self.owner = owner
         self.nonnegative = nonnegative
         self.weights = weights
-        self.taken = {m.edge for m in owner.modules() if isinstance(m, Quantizer)}
+        self.taken = taken
+        self.device = device
         self.replaced: list[Node] = []
 
     def insert(self, grid: Grid) -> None:
@@ -43,7 +52,8 @@ class Inserter:
             name, number = f"{grid.name}'{number}", number + 1
         self.taken.add(name)
         container = _container(self.owner)
-        key = name.replace(".", "_").replace("#", "_").replace("'", "_")
+        key = name.removeprefix(f"{path_of(self.owner)}.")
+        key = key.replace(".", "_").replace("#", "_").replace("'", "_")
         while key in container:
             key += "_"
         container[key] = self._made(name, grid)
@@ -100,7 +110,7 @@ class Inserter:
         if grid.layout is None:
             nonnegative = self.nonnegative.issuperset(producers)
             made = ActivationQuantizer(name, grid.spec, nonnegative=nonnegative)
-            made.to(_device(self.owner))
+            made.to(self.device)
         else:
             weight = stored_value(self.owner, producers[0]).detach()
             made = WeightQuantizer(name, grid.spec, grid.layout, weight)
@@ -118,9 +128,3 @@ def _container(owner: GraphModule) -> nn.ModuleDict:
             "for its quantizers; rename it"
         )
     return container
-
-
-def _device(owner: GraphModule) -> torch.device:
-    for tensor in (*owner.parameters(), *owner.buffers()):
-        return tensor.device
-    return torch.device("cpu")

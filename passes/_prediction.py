@@ -22,7 +22,6 @@ from gdnsq_fx.inputs import Batch, batch_size
 from gdnsq_fx.sites import bit_width
 from gdnsq_fx.state import cloned
 
-from ._base import placeholder_values
 from ._probe import EdgeProbe
 
 
@@ -124,6 +123,5 @@ class Prediction:
     ) -> tuple[EdgeProbe, Tensor]:
         probe = EdgeProbe(self.graph_module, error_of, joint=joint)
         args, kwargs = cloned((batch.args, batch.kwargs))
-        values = placeholder_values(self.graph_module, args, kwargs)
         with torch.set_grad_enabled(grad):
-            return probe, primary_output(probe.run(*values))
+            return probe, primary_output(probe.run_all(args, kwargs))

@@ -18,9 +18,14 @@ from torch.utils._pytree import (
 from gdnsq_fx.analysis.divergence import sample_products
 from gdnsq_fx.analysis.edge_errors import ErrorSource
 from gdnsq_fx.annotations import facts
+from gdnsq_fx.nested import nested_graphs
 from gdnsq_fx.operands import Operand
 from gdnsq_fx.opinfo import OpInfo
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from gdnsq_fx.sites import sites
+
+from ._base import placeholder_values
+from ._nested_calls import run_by
 
 
 class EdgeProbe(Interpreter):
@@ -30,21 +35,46 @@ class EdgeProbe(Interpreter):
     operation that reads it, where its error has the effect ``op(x, weight error)``.
     Values handed on are clones, so that in-place operations do not disturb a probe.
 
+    Each call of a graph inside an opaque module has a probe of its own, which adds to
+    the same list.
+
     Args:
         graph_module: a prepared one.
         error_of: gives the error of each value that reaches a quantizer.
         joint: run with every edge quantized, gradients passing straight through,
             instead of at identity precision.
+        probes: the list to add to.
     """
 
     def __init__(
-        self, graph_module: GraphModule, error_of: ErrorSource, *, joint: bool = False
+        self,
+        graph_module: GraphModule,
+        error_of: ErrorSource,
+        *,
+        joint: bool = False,
+        probes: list[tuple[Tensor, Tensor, str]] | None = None,
     ) -> None:
         super().__init__(graph_module)
         self.error_of = error_of
         self.joint = joint
-        self.probes: list[tuple[Tensor, Tensor, str]] = []
+        self.probes = [] if probes is None else probes
+        self._inside: set[str] = set()
         self._errors: dict[Node, tuple[str, Any]] = {}
+
+    def run_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the graph, with the graphs inside it probed as well."""
+        owner = self.module
+        assert isinstance(owner, GraphModule)
+        graphs = nested_graphs(owner)
+        self._inside = {site.edge for one in graphs for site in sites(one)}
+        with run_by(graphs, self._run_inside):
+            return self.run(*placeholder_values(owner, args, kwargs))
+
+    def _run_inside(
+        self, graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        probe = EdgeProbe(graph, self.error_of, joint=self.joint, probes=self.probes)
+        return probe.run(*placeholder_values(graph, args, kwargs))
 
     def run_node(self, n: Node) -> Any:
         """Run one node; at identity precision quantizers pass their input on."""
@@ -83,12 +113,15 @@ class EdgeProbe(Interpreter):
         """Inner product of gradient and error of each edge, ``[batch]`` or ``[1]``.
 
         A weight that several layers share has several probes: their products add up.
+        The rows of a value inside an opaque module need not be samples: its products
+        add up over all of them, which has the same mean.
         """
         products: dict[str, Tensor] = {}
         for (_, error, edge), gradient in zip(self.probes, gradients, strict=True):
             if gradient is None:
                 continue
-            product = sample_products(gradient, error, batch)
+            leading = 1 if edge in self._inside else batch
+            product = sample_products(gradient, error, leading)
             known = products.get(edge)
             if known is None:
                 products[edge] = product

@@ -6,13 +6,15 @@ from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import facts, source_of
 from gdnsq_fx.errors import NotQuantizedError
+from gdnsq_fx.nested import graphs_of, owner_of
 
 EXCLUDED = "excluded by the configuration"
 
 
 def skipped_nodes(graph_module: GraphModule) -> list[Node]:
     """Nodes that hold weights or multiply and cannot be quantized, in graph order."""
-    return [n for n in graph_module.graph.nodes if facts(n).skip and _matters(n)]
+    nodes = [n for one in graphs_of(graph_module) for n in one.graph.nodes]
+    return [n for n in nodes if facts(n).skip and _matters(n)]
 
 
 def operation_name(graph_module: GraphModule, node: Node) -> str:
@@ -21,7 +23,8 @@ def operation_name(graph_module: GraphModule, node: Node) -> str:
     if op is not None:
         return op.name
     if node.op == "call_module":
-        return type(graph_module.get_submodule(str(node.target))).__name__
+        owner = owner_of(graph_module, node)
+        return type(owner.get_submodule(str(node.target))).__name__
     return str(getattr(node.target, "__name__", node.target))
 
 

@@ -14,13 +14,14 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import annotate, facts
+from gdnsq_fx.nested import joined, path_of
 from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.stored import weight_values
 
-from ._base import Pass
+from ._base import Pass, rewrite_each
 from ._weights import viewed
 
 
@@ -36,41 +37,49 @@ class AnnotateOperations(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Facts only: the graph stays as it is."""
+        return rewrite_each(graph_module, self._annotate)
+
+    def _annotate(self, graph_module: GraphModule) -> bool:
         weights = weight_values(graph_module)
         for node in graph_module.graph.nodes:
             if not node.op.startswith("call_"):
                 annotate(node)  # marks the graph as annotated
                 continue
             op = self.table.find(node, graph_module)
-            layer = facts(node).layer or _layer_name(node, op, weights)
+            prefix = path_of(graph_module)
+            layer = facts(node).layer or _layer_name(node, op, weights, prefix)
             annotate(node, op=op, layer=layer, skip=_unknown(node, op, graph_module))
         _number_repeated_layers(graph_module)
         return False
 
 
-def _layer_name(node: Node, op: OpInfo | None, weights: set[Node]) -> str:
-    """Module path where there is one; else that of the weight; else the node name."""
+def _layer_name(node: Node, op: OpInfo | None, weights: set[Node], prefix: str) -> str:
+    """Module path where there is one; else that of the weight; else the node name.
+
+    All of them as in the whole model, in which the graph stands at ``prefix``.
+    """
     if node.op == "call_module":
-        return str(node.target)
+        return joined(prefix, str(node.target))
     if op is not None and op.is_compute:
         for operand in op.operands(op.bind(node)):
             owner = _owner_of(operand.value, weights)
-            if owner:
-                return owner
+            # A nested graph may be a layer itself, and hold its weight.
+            if owner is not None and (owner or prefix):
+                return joined(prefix, owner)
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
-    return f"{path}.{node.name}" if path else node.name
+    return joined(joined(prefix, path), node.name)
 
 
-def _owner_of(value: object, weights: set[Node]) -> str:
+def _owner_of(value: object, weights: set[Node]) -> str | None:
     """Path of the module that holds a weight, through whatever is computed from it."""
     while isinstance(value, Node) and value.all_input_nodes:
         is_view = viewed(value) is not None or _is_quantizer_call(value)
         if value not in weights and not is_view:
-            return ""
+            return None
         value = value.all_input_nodes[0]
     if not isinstance(value, Node) or value not in weights:
-        return ""
+        return None
     path, found, _ = f".{value.target}".partition(".parametrizations.")
     return (path if found else path.rpartition(".")[0]).removeprefix(".")
 
@@ -101,11 +110,14 @@ def _unknown(node: Node, op: OpInfo | None, owner: GraphModule) -> str | None:
         return facts(node).skip
     module = owner.get_submodule(str(node.target))
     ours = isinstance(module, Quantizer | FrozenActivation | FrozenWeight)
-    if ours or not node.all_input_nodes or not _has_weights(module):
+    if ours or not node.all_input_nodes:
         return None
+    if not _has_weights(module):
+        return facts(node).skip if op is None else None
     if op is not None:
         return f"{op.name} is not quantized"
-    return f"{type(module).__name__} is not in the op table"
+    # Capture may have left a better reason.
+    return facts(node).skip or f"{type(module).__name__} is not in the op table"
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -3,10 +3,15 @@
 Activations: the range whose levels, at the target bit-width, give the least mean
 squared error on a sample of the values met. Weights: levels over the whole span of each
 channel.
+
+Inside an opaque module an edge may be reached by no batch, as in an expert that no
+token is routed to. Then the example input places its levels, or else what all edges
+alike have met, as in the other experts. Either is a `CalibrationWarning`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +20,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from gdnsq_fx.errors import CalibrationError
+from gdnsq_fx.errors import CalibrationError, CalibrationWarning
 from gdnsq_fx.inputs import InputStructure, check_device
+from gdnsq_fx.nested import alike, path_of
 from gdnsq_fx.quantize.observer import Observer
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.sites import (
@@ -38,10 +44,12 @@ class Calibrate(Pass):
         batches: iterable of batches, each with the structure of the example input,
             alone or followed by targets. Read once.
         inputs: that structure.
+        example: a further batch, for edges inside opaque modules that no batch reaches.
     """
 
     batches: Iterable[Any]
     inputs: InputStructure
+    example: Any = None
 
     def requires(self, graph_module: GraphModule) -> None:
         """There are quantizers, and values for them."""
@@ -80,26 +88,70 @@ class Calibrate(Pass):
     def _calibrate_activations(self, graph_module: GraphModule) -> None:
         sites = activation_sites(graph_module)
         with _observing(sites) as observers:
-            seen = self._run(graph_module)
+            seen = self._run(graph_module, self.batches)
         if not seen:
             raise CalibrationError(
                 "calibration has no batch; pass a non-empty iterable that has not been "
                 "used up, or leave it out to calibrate on the example input"
             )
+        self._observe_elsewhere(graph_module, sites, observers)
         for site in sites:
             observers[site.edge].place(site.quantizer)
 
-    def _run(self, graph_module: GraphModule) -> int:
+    def _observe_elsewhere(
+        self,
+        graph_module: GraphModule,
+        sites: list[ActivationSite],
+        observers: dict[str, Observer],
+    ) -> None:
+        """Give edges inside opaque modules that no batch reached what others saw."""
+        missed = [s for s in sites if path_of(s.owner) and observers[s.edge].is_empty]
+        if not missed:
+            return
+        by_path = {site.path: observers[site.edge] for site in sites}
+        seen_by_others = {s.edge: _seen_alike(graph_module, s, by_path) for s in missed}
+        found = dict.fromkeys([s.edge for s in missed], "the other modules of its kind")
+        if self.example is not None:
+            with _observing(missed) as own:
+                self._run(graph_module, [self.example])
+            met = {edge: one for edge, one in own.items() if not one.is_empty}
+            seen_by_others |= met
+            found |= dict.fromkeys(met, "the example input")
+        observers |= seen_by_others
+        places = [f"{e} from {how}" for e, how in found.items()]
+        more = f" and {len(places) - 5} more" if places[5:] else ""
+        warnings.warn(
+            "no calibration batch reaches some edges inside opaque modules; their "
+            f"levels are placed elsewhere: {', '.join(places[:5])}{more}. Calibrate on "
+            "more data to place them from their own values",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+
+    def _run(self, graph_module: GraphModule, batches: Iterable[Any]) -> int:
         count = 0
         disabled = quantization_disabled(graph_module)
         with preserved_state(graph_module), disabled, torch.no_grad():
             graph_module.eval()
-            for count, one in enumerate(self.batches, start=1):
+            for count, one in enumerate(batches, start=1):
                 batch = self.inputs.split(one)
                 check_device(graph_module, batch.args, batch.kwargs)
                 check_finite(batch, f"calibration batch {count}")
                 graph_module(*batch.args, **batch.kwargs)
         return count
+
+
+def _seen_alike(
+    graph_module: GraphModule, site: ActivationSite, by_path: dict[str, Observer]
+) -> Observer:
+    """What the same edge of the likest graphs that saw anything has seen, together."""
+    target = str(site.node.target)
+    for group in alike(graph_module, site.owner):
+        paths = [f"{path_of(one)}.{target}" for one in group]
+        found = Observer.of_all(site.edge, [by_path[p] for p in paths if p in by_path])
+        if not found.is_empty:
+            return found
+    return Observer(site.edge)
 
 
 @contextmanager

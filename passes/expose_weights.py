@@ -21,11 +21,12 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from gdnsq_fx.annotations import annotate, facts
+from gdnsq_fx.nested import joined, path_of
 from gdnsq_fx.operands import Call, Stored
 from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
 
-from ._base import Pass, has_hooks
+from ._base import Pass, has_hooks, rewrite_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,9 @@ class ExposeWeights(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Replace module calls by function calls; True if there were any."""
+        return rewrite_each(graph_module, self._expose)
+
+    def _expose(self, graph_module: GraphModule) -> bool:
         sources = _Sources(graph_module)
         modified = sources.merge()
         for node in list(graph_module.graph.find_nodes(op="call_module")):
@@ -85,7 +89,8 @@ class ExposeWeights(Pass):
             args, kwargs = self._emitted(owner, node, value, sources)
             with owner.graph.inserting_before(node):
                 made = owner.graph.call_function(value.function, args, kwargs)
-            annotate(made, op=self.table.find(made, owner), layer=path)
+            layer = joined(path_of(owner), path)
+            annotate(made, op=self.table.find(made, owner), layer=layer)
             return made
 
         args = tuple(_mapped(value, emitted) for value in call.args)

@@ -25,7 +25,7 @@ from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.opinfo import OpInfo
 
-from ._base import Pass, has_hooks
+from ._base import Pass, has_hooks, rewrite_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,9 @@ class FoldBatchNorm(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Fold each BatchNorm that follows an exposed layer; True if there was one."""
+        return rewrite_each(graph_module, self._fold_in)
+
+    def _fold_in(self, graph_module: GraphModule) -> bool:
         modified = False
         for node in compute_nodes(graph_module):
             norm_node = _norm_after(graph_module, node)

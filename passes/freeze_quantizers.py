@@ -44,6 +44,6 @@ class FreezeQuantizers(Pass):
                 frozen = FrozenWeight(site.quantizer, site.weight())
             else:
                 frozen = FrozenActivation(site.quantizer)
-            frozen.train(graph_module.training)
-            graph_module.set_submodule(str(site.node.target), frozen)
+            frozen.train(site.owner.training)
+            site.owner.set_submodule(str(site.node.target), frozen)
         return bool(found)

@@ -14,17 +14,21 @@ promised). What the scope ``full`` adds stands in `QuantConfig`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import annotate, compute_nodes, described, facts
 from gdnsq_fx.errors import NothingToQuantizeError, PassError
+from gdnsq_fx.inputs import model_device
+from gdnsq_fx.nested import alike, graphs_of, nested_graphs, path_of
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantConfig
 from gdnsq_fx.stored import weight_values
 
-from ._base import Pass
+from ._base import Pass, rewrite_each
 from ._grids import activation_grids, weight_grids
 from ._inserter import Inserter
 from ._signs import nonnegative_values
@@ -46,7 +50,7 @@ class InsertQuantizers(Pass):
     def requires(self, graph_module: GraphModule) -> None:
         """Operations must be annotated and their weights exposed."""
         self.require_annotations(graph_module)
-        for node in compute_nodes(graph_module):
+        for node in _compute_nodes(graph_module):
             if node.op == "call_module" and facts(node).skip is None:
                 raise PassError(
                     f"{self.name} quantizes explicit weights, and {described(node)} is "
@@ -65,8 +69,25 @@ class InsertQuantizers(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Insert what is missing; False where every edge has its quantizer already."""
-        weights = weight_values(graph_module)
-        slots = self._slots(graph_module, weights)
+        chosen, boundary = self._chosen(graph_module)
+        taken = {m.edge for m in graph_module.modules() if isinstance(m, Quantizer)}
+        device = model_device(graph_module) or torch.device("cpu")
+
+        def insert(one: GraphModule) -> bool:
+            weights = weight_values(one)
+            nonnegative = nonnegative_values(one)
+            inserter = Inserter(one, nonnegative, weights, taken, device)
+            return self._insert(inserter, chosen, boundary)
+
+        return rewrite_each(graph_module, insert)
+
+    def _insert(
+        self, inserter: Inserter, chosen: set[Node], boundary: set[Node]
+    ) -> bool:
+        """Insert the quantizers of one graph."""
+        graph_module, weights = inserter.owner, inserter.weights
+        nodes = [n for n in graph_module.graph.nodes if n in chosen]
+        slots = [s for n in nodes for s in self._slots(n, weights, boundary)]
         full = self.config.scope == "full"
         data = [s for s in slots if not _is_weight(s, weights)]
         grids = [
@@ -75,16 +96,14 @@ class InsertQuantizers(Pass):
             ),
             *activation_grids(graph_module, data, weights, full=full),
         ]
-        nonnegative = nonnegative_values(graph_module)
-        inserter = Inserter(graph_module, nonnegative, weights)
         for grid in grids:
             inserter.insert(grid)
         inserter.erase_unread()
         return bool(grids)
 
-    def _slots(self, graph_module: GraphModule, weights: set[Node]) -> list[Slot]:
-        """What is to be quantized, in graph order; the rest gets its reason."""
-        every = compute_nodes(graph_module)
+    def _chosen(self, graph_module: GraphModule) -> tuple[set[Node], set[Node]]:
+        """What is to be quantized, and its first and last; the rest gets a reason."""
+        every = _compute_nodes(graph_module)
         nodes = [n for n in every if n.op != "call_module"]
         skipped = skipped_nodes(graph_module)
         self._check_model(graph_module, nodes)
@@ -93,23 +112,22 @@ class InsertQuantizers(Pass):
         self.config.check_patterns(
             [(facts(n).layer, operation_name(graph_module, n)) for n in known]
         )
-        boundary = _boundary(nodes)
+        boundary = _boundary(graph_module)
         chosen = self._selected(nodes, boundary)
         self._excuse(graph_module, skipped)
         if self.config.strict:
             check_skips(graph_module)
-        slots: list[Slot] = []
-        for node in sorted([*chosen, *filter(self._selects, values)]):
-            config = self.config.for_layer(
-                facts(node).layer, op_of(node).name, boundary=node in boundary
-            )
-            is_compute = op_of(node).is_compute
-            slots += (
-                compute_slots(node, config)
-                if is_compute
-                else value_slots(node, config, weights)
-            )
-        return slots
+        return {*chosen, *filter(self._selects, values)}, boundary
+
+    def _slots(
+        self, node: Node, weights: set[Node], boundary: set[Node]
+    ) -> Iterable[Slot]:
+        config = self.config.for_layer(
+            facts(node).layer, op_of(node).name, boundary=node in boundary
+        )
+        if op_of(node).is_compute:
+            return compute_slots(node, config)
+        return value_slots(node, config, weights)
 
     def _check_model(self, graph_module: GraphModule, nodes: list[Node]) -> None:
         if not nodes:
@@ -123,7 +141,8 @@ class InsertQuantizers(Pass):
         """Operations that only the scope ``full`` quantizes."""
         if self.config.scope != "full":
             return []
-        ops = [(n, facts(n).op) for n in graph_module.graph.nodes]
+        nodes = [n for one in graphs_of(graph_module) for n in one.graph.nodes]
+        ops = [(n, facts(n).op) for n in nodes]
         return [n for n, op in ops if op is not None and op.kind in GRIDDED]
 
     def _selects(self, node: Node) -> bool:
@@ -178,8 +197,25 @@ def _has_shapes(graph_module: GraphModule) -> bool:
     return any(facts(n).shape is not None for n in graph_module.graph.nodes)
 
 
-def _boundary(nodes: list[Node]) -> set[Node]:
-    """The first convolution and the last linear layer of the model."""
+def _compute_nodes(graph_module: GraphModule) -> list[Node]:
+    return [n for one in graphs_of(graph_module) for n in compute_nodes(one)]
+
+
+def _boundary(graph_module: GraphModule) -> set[Node]:
+    """The first convolution and the last linear layer of the model.
+
+    One of several alike, as an expert is, is neither.
+    """
+    inside = [g for g in nested_graphs(graph_module) if not alike(graph_module, g)]
+    nodes: list[Node] = []
+    for node in graph_module.graph.nodes:
+        op, path = facts(node).op, f"{node.target}."
+        if node.op == "call_module":
+            under = [g for g in inside if path_of(g).startswith(path)]
+            nodes += [n for g in under for n in compute_nodes(g)]
+        elif op is not None and op.is_compute:
+            nodes.append(node)
+    nodes = [n for n in nodes if n.op != "call_module"]
     first = [n for n in nodes if op_of(n).boundary == "first"][:1]
     last = [n for n in nodes if op_of(n).boundary == "last"][-1:]
     return {*first, *last}
@@ -188,7 +224,8 @@ def _boundary(nodes: list[Node]) -> set[Node]:
 def _reasons(graph_module: GraphModule) -> str:
     found = [
         f" {described(n)}: {facts(n).skip}."
-        for n in graph_module.graph.nodes
+        for one in graphs_of(graph_module)
+        for n in one.graph.nodes
         if facts(n).skip
     ]
     return "".join(found[:5])

@@ -24,13 +24,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from gdnsq_fx.annotations import facts
+from gdnsq_fx.capture.child_graph import LoweredChild
 from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.errors import PassError
+from gdnsq_fx.nested import graphs_of, path_of
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.stored import ancestors
 
-from ._base import Pass
+from ._base import Pass, rewrite_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,32 +48,49 @@ class LowerToInteger(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """A new graph module; the given one is used up."""
+        graphs = graphs_of(graph_module)
+        paths = [path_of(one) for one in graphs]
         if not self.rewrite(graph_module):
             return PassResult(graph_module, False)
-        _drop_unread_parameters(graph_module.graph)
-        graph_module.graph.lint()
-        # torch's own class copies just what the graph refers to.
-        lowered = GraphModule(graph_module, graph_module.graph, "IntegerModel")
-        lowered.meta = dict(graph_module.meta)
-        lowered._tracer_cls = None  # pyright: ignore[reportPrivateUsage]
-        lowered.train(graph_module.training)
-        return PassResult(lowered, True)
+        for one, path in reversed(list(zip(graphs, paths, strict=True))):  # inner first
+            if path:
+                child = _lowered(one, LoweredChild, type(one).__name__)
+                graph_module.set_submodule(path, child)
+        return PassResult(_lowered(graph_module, GraphModule, "IntegerModel"), True)
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Replace frozen quantizer nodes in place."""
         kinds = _float_dtypes(graph_module)
-        found = [
-            (node, graph_module.get_submodule(str(node.target)))
-            for node in graph_module.graph.find_nodes(op="call_module")
-        ]
-        sources = [n for n, m in found if isinstance(m, FrozenWeight)]
-        computed = ancestors(sources) - set(sources)
-        lowered = [_lower(graph_module.graph, n, m, kinds) for n, m in found]
-        # What a weight was computed from: its codes stand for all of it.
-        for node in sorted(computed, reverse=True):
-            if not node.users:
-                graph_module.graph.erase_node(node)
-        return any(lowered)
+        return rewrite_each(graph_module, lambda one: _replace(one, kinds))
+
+
+def _replace(graph_module: GraphModule, kinds: list[torch.dtype]) -> bool:
+    found = [
+        (node, graph_module.get_submodule(str(node.target)))
+        for node in graph_module.graph.find_nodes(op="call_module")
+    ]
+    sources = [n for n, m in found if isinstance(m, FrozenWeight)]
+    computed = ancestors(sources) - set(sources)
+    lowered = [_lower(graph_module.graph, n, m, kinds) for n, m in found]
+    # What a weight was computed from: its codes stand for all of it.
+    for node in sorted(computed, reverse=True):
+        if not node.users:
+            graph_module.graph.erase_node(node)
+    return any(lowered)
+
+
+def _lowered(
+    graph_module: GraphModule, kind: type[GraphModule], name: str
+) -> GraphModule:
+    """A graph module that holds no more than the graph uses."""
+    _drop_unread_parameters(graph_module.graph)
+    graph_module.graph.lint()
+    # torch's own class copies just what the graph refers to.
+    lowered = kind(graph_module, graph_module.graph, name)
+    lowered.meta = dict(graph_module.meta)
+    lowered._tracer_cls = None  # pyright: ignore[reportPrivateUsage]
+    lowered.train(graph_module.training)
+    return lowered
 
 
 def _lower(

@@ -6,11 +6,12 @@ reads data.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node, map_arg
 from torch.nn.utils.parametrize import ParametrizationList
@@ -18,13 +19,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdnsq_fx.annotations import KEY, annotate, described, facts
+from gdnsq_fx.capture.captured import capture_facts
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.inputs import batch_size
+from gdnsq_fx.nested import alike, graphs_of, joined, nested_graphs, path_of
 from gdnsq_fx.opinfo import OpInfo
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.state import cloned, preserved_state, without_fast_path
 
 from ._base import Pass, placeholder_values
+from ._nested_calls import Arguments, Calls, calls_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,34 +44,110 @@ class PropagateShapes(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Facts only; buffers and the random state are left as they were."""
+        counts = _Counts(graph_module, max(batch_size(self.args, self.kwargs), 1))
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-                self._run(graph_module, fake)
+                self._run(graph_module, counts, fake)
         except Exception:  # it reads data, or an operation has no fake version
-            self._run(graph_module, None)
-        for node in graph_module.graph.nodes:
-            _count_macs(node, graph_module)
+            counts = _Counts(graph_module, counts.batch)
+            self._run(graph_module, counts, None)
+        counts.write()
         return False
 
-    def _run(self, graph_module: GraphModule, fake: FakeTensorMode | None) -> None:
-        """Real values are cloned: a forward may write into its input."""
+    def _run(
+        self, graph_module: GraphModule, counts: _Counts, fake: FakeTensorMode | None
+    ) -> None:
         example = (self.args, self.kwargs)
-        args, kwargs = cloned(example) if fake is None else _faked(example, fake)
-        values = placeholder_values(graph_module, args, kwargs)
+        if fake is not None:
+            example = tree_map_only(Tensor, fake.from_tensor, example)
         with preserved_state(graph_module), torch.no_grad():
             graph_module.eval()
-            batch = batch_size(self.args, self.kwargs)
-            _ShapeRecorder(graph_module, batch).run(*values)
+            with calls_of(nested_graphs(graph_module)) as calls:
+                counts.run(graph_module, example)
+            for one in nested_graphs(graph_module):
+                for call in calls[one]:
+                    counts.run(one, call)
+                if not calls[one]:
+                    counts.run_unreached(one, calls)
 
 
-def _faked(tree: Any, fake: FakeTensorMode) -> Any:
-    return tree_map_only(Tensor, fake.from_tensor, tree)
+class _Counts:
+    """Shapes, and MACs of all calls of all graphs; those inside may run many times."""
+
+    def __init__(self, graph_module: GraphModule, batch: int) -> None:
+        self.graph_module = graph_module
+        self.batch = batch
+        self.macs: Counter[Node] = Counter()
+        self.inner: Counter[Node] = Counter()
+        # What the op table does not know, as torch counts it.
+        self.unknown: Counter[Node] = Counter()
+
+    def run(self, one: GraphModule, call: Arguments, *, counts: bool = True) -> None:
+        """Run one graph once."""
+        args, kwargs = cloned(call)
+        recorder = _ShapeRecorder(one, self.batch)
+        recorder.run(*placeholder_values(one, args, kwargs))
+        if not counts:
+            return
+        self.unknown.update(recorder.unknown)
+        for node in one.graph.nodes:
+            macs, inner = _macs(node, one)
+            self.macs[node] += macs
+            self.inner[node] += inner
+
+    def run_unreached(self, one: GraphModule, calls: Calls) -> None:
+        """Shapes of what the example does not reach, from its like; no MACs."""
+        groups = alike(self.graph_module, one)
+        likely = [c for group in groups for other in group for c in calls[other]]
+        for call in likely[:1]:
+            self.run(one, call, counts=False)
+
+    def write(self) -> None:
+        """MACs per sample, and the reason where an unknown node has some.
+
+        Graphs within an opaque module count for themselves; it keeps the rest.
+        """
+        for one in reversed(graphs_of(self.graph_module)):
+            for node in one.graph.nodes:
+                if node in self.unknown:
+                    self._write_unknown(one, node)
+                else:
+                    macs, inner = self.macs[node], self.inner[node]
+                    annotate(
+                        node, macs=macs // self.batch, inner_macs=inner // self.batch
+                    )
+
+    def _write_unknown(self, one: GraphModule, node: Node) -> None:
+        inside = self._inside(one, node)
+        counted = self.unknown[node]
+        if inside:
+            calls = [n for n in self.unknown if _same_call(n, node)]
+            counted = sum(self.unknown[n] for n in calls)
+            counted -= sum(self.macs[n] for g in inside for n in g.graph.nodes)
+            counted = max(counted, 0) // len(calls)
+        self.macs[node] = counted
+        weights = _weight_elements(one, node)
+        macs = max(counted // self.batch, weights)
+        name = getattr(node.target, "__name__", node.target)
+        skip = facts(node).skip or f"{name} is not in the op table"
+        if macs:
+            annotate(node, macs=macs, skip=skip)
+        else:  # all that could be quantized inside has a graph, or there is nothing
+            annotate(node, macs=0, skip=None)
+
+    def _inside(self, one: GraphModule, node: Node) -> list[GraphModule]:
+        if node.op != "call_module":
+            return []
+        path = joined(path_of(one), str(node.target)) + "."
+        graphs = nested_graphs(self.graph_module)
+        return [g for g in graphs if path_of(g).startswith(path)]
 
 
 class _ShapeRecorder(Interpreter):
     def __init__(self, graph_module: GraphModule, batch: int) -> None:
         super().__init__(graph_module)
         self.batch = batch
+        self.unknown: dict[Node, int] = {}
 
     def run_node(self, n: Node) -> Any:
         op = facts(n).op
@@ -76,7 +156,7 @@ class _ShapeRecorder(Interpreter):
         value = self._counted(n) if unknown else super().run_node(n)
         shape = tuple(value.shape) if isinstance(value, Tensor) else None
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        elements = sum(t.numel() for t in tensors) // max(self.batch, 1)
+        elements = sum(t.numel() for t in tensors) // self.batch
         dtype = value.dtype if isinstance(value, Tensor) else None
         shapes = tuple(tuple(t.shape) for t in tensors)
         annotate(n, shape=shape, shapes=shapes, dtype=dtype)
@@ -90,37 +170,58 @@ class _ShapeRecorder(Interpreter):
         Torch's counter knows matrix products inside; a layer with weights that it
         counts as nothing (LSTM) uses each weight at least once for each sample.
         """
-        weights = _weight_elements(self.submodules.get(str(n.target)))
-        if n.op == "call_module" and not weights:
+        owner = self.module
+        assert isinstance(owner, GraphModule)
+        silent = n.op == "call_module" and not _holds_weights(owner, n)
+        if silent and not _is_opaque(owner, n):
             return super().run_node(n)
         counter = FlopCounterMode(display=False)
         with without_fast_path(), counter:
             value = super().run_node(n)
-        counted = counter.get_total_flops() // 2 // max(self.batch, 1)
-        if counted or weights:
-            name = getattr(n.target, "__name__", n.target)
-            reason = facts(n).skip or f"{name} is not in the op table"
-            annotate(n, macs=max(counted, weights), skip=reason)
+        counted = counter.get_total_flops() // 2
+        if counted or _is_opaque(owner, n) or _weight_elements(owner, n):
+            self.unknown[n] = counted
         return value
 
 
-def _weight_elements(module: nn.Module | None) -> int:
-    """Elements of matrices and kernels of a module, quantizers of ours aside."""
-    if module is None or isinstance(module, Quantizer | ParametrizationList):
+def _is_opaque(owner: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and node.target in capture_facts(owner).opaque
+
+
+def _same_call(one: Node, other: Node) -> bool:
+    return one.graph is other.graph and one.target == other.target
+
+
+def _holds_weights(owner: GraphModule, node: Node) -> bool:
+    module = owner.get_submodule(str(node.target))
+    ours = isinstance(module, Quantizer | ParametrizationList)
+    return not ours and any(p.ndim >= 2 for p in module.parameters())
+
+
+def _weight_elements(owner: GraphModule, node: Node) -> int:
+    """Elements of matrices and kernels that a module call alone can account for.
+
+    Not those of quantizers of ours, nor what belongs to a graph inside the module.
+    """
+    if node.op != "call_module" or not _holds_weights(owner, node):
         return 0
-    return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    module = owner.get_submodule(str(node.target))
+    graphs = [m for m in module.modules() if isinstance(m, GraphModule)]
+    inside = {id(p) for g in graphs if path_of(g) for p in g.parameters()}
+    weights = [p for p in module.parameters() if p.ndim >= 2]
+    return sum(p.numel() for p in weights if id(p) not in inside)
 
 
-def _count_macs(node: Node, owner: GraphModule) -> None:
-    """MACs of a node whose row has a formula."""
+def _macs(node: Node, owner: GraphModule) -> tuple[int, int]:
+    """MACs of a node whose row has a formula, and how many of them no edge holds."""
     found = facts(node)
     op = found.op
     if op is None:
-        return
+        return 0, 0
     shapes = _shapes_of_arguments(node, op, owner)
     output = found.shape if found.shape is not None else _first_shape(node)
     if op.macs is None or output is None or _is_refused(node, op):
-        return
+        return 0, 0
     try:
         macs = op.macs(shapes, output)
         inner = op.inner_macs(shapes, output) if op.inner_macs and _is_call(node) else 0
@@ -129,8 +230,7 @@ def _count_macs(node: Node, owner: GraphModule) -> None:
             f"PropagateShapes: the MACs formula of the op table row {op.name!r} fails "
             f"on {described(node)}: {error!r}. It is given {shapes}; mend the formula"
         ) from error
-    batch = max(found.batch, 1)
-    annotate(node, macs=macs // batch, inner_macs=inner // batch)
+    return macs, inner
 
 
 def _is_refused(node: Node, op: OpInfo) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.capacity import FLOAT_BITS
-from gdnsq_fx.analysis.costs import Factors, factored_macs
+from gdnsq_fx.analysis.costs import Factors, factored_macs, operations
 from gdnsq_fx.annotations import facts
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.sites import WeightSite, sites
@@ -97,8 +97,7 @@ def _mean(elements: Mapping[str, int], bits: Mapping[str, int]) -> float:
 
 def _macs(graph_module: GraphModule) -> dict[Factors, int]:
     found: Counter[Factors] = Counter()
-    for node in graph_module.graph.nodes:
-        if facts(node).macs:
-            for factors, macs in factored_macs(graph_module, node):
-                found[factors] += macs
+    for owner, node in operations(graph_module):
+        for factors, macs in factored_macs(owner, node):
+            found[factors] += macs
     return dict(found)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
 from gdnsq_fx.analysis.capacity import FLOAT_BITS
 from gdnsq_fx.annotations import facts
+from gdnsq_fx.nested import graphs_of
 from gdnsq_fx.sites import quantizer_behind, weight_sites
 
 # The edges of two factors, None in floating point.
@@ -40,12 +41,10 @@ def edge_costs(
     """
     elements = {s.edge: s.weight().numel() for s in weight_sites(graph_module)}
     found = {name: EdgeCost(parameters=count) for name, count in elements.items()}
-    for node in graph_module.graph.nodes:
+    for owner, node in operations(graph_module):
         macs = facts(node).macs
-        if not macs:
-            continue
-        bops = bit_operations(graph_module, node, bits_of)
-        read = {quantizer_behind(graph_module, value) for value in multiplied(node)}
+        bops = bit_operations(owner, node, bits_of)
+        read = {quantizer_behind(owner, value) for value in multiplied(node)}
         for quantizer in read - {None}:
             assert quantizer is not None
             known = found.get(quantizer.edge, EdgeCost())
@@ -53,6 +52,14 @@ def edge_costs(
                 known.macs + macs, known.bops + bops, known.parameters
             )
     return found
+
+
+def operations(graph_module: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
+    """The nodes that cost MACs, each with the graph module whose graph holds it."""
+    for owner in graphs_of(graph_module):
+        for node in owner.graph.nodes:
+            if facts(node).macs:
+                yield owner, node
 
 
 def bit_operations(

@@ -11,8 +11,9 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gdnsq_fx.analysis.capacity import FLOAT_BITS
-from gdnsq_fx.analysis.costs import bit_operations, multiplied
+from gdnsq_fx.analysis.costs import bit_operations, multiplied, operations
 from gdnsq_fx.annotations import facts, source_of
+from gdnsq_fx.nested import graphs_of, path_of
 from gdnsq_fx.quantize.quantizer import Quantizer, WeightQuantizer
 from gdnsq_fx.sites import bit_width, quantizer_behind, sites, weight_sites
 from gdnsq_fx.state import in_evaluation
@@ -66,9 +67,14 @@ class Totals:
 
 def coverage_of(graph_module: GraphModule) -> Coverage:
     """Shares of MACs and weights that are quantized, and the reasons for the rest."""
-    nodes = list(graph_module.graph.nodes)
+    nodes = _nodes(graph_module)
     macs = sum(facts(n).macs for n in nodes)
-    quantized = [n for n in nodes if _is_quantized(graph_module, n)]
+    quantized = [
+        n
+        for one in graphs_of(graph_module)
+        for n in one.graph.nodes
+        if _is_quantized(one, n)
+    ]
     done = sum(facts(n).macs - facts(n).inner_macs for n in quantized)
     covered = sum(w.numel() for w, _ in _quantized_weights(graph_module))
     weights = sum(w.numel() for w in _stored(graph_module) if w.ndim >= 2)
@@ -90,12 +96,9 @@ def totals_of(graph_module: GraphModule) -> Totals:
     measured = [(s.quantizer, facts(s.node).edge) for s in sites(graph_module)]
     bits_of = {q.edge: edge.bits for q, edge in measured if edge is not None}
     macs, bops = 0, 0
-    for node in graph_module.graph.nodes:
-        found = facts(node)
-        if not found.macs:
-            continue
-        macs += found.macs
-        bops += bit_operations(graph_module, node, bits_of)
+    for owner, node in operations(graph_module):
+        macs += facts(node).macs
+        bops += bit_operations(owner, node, bits_of)
     return Totals(
         size_bytes=packed + 4 * floats,
         float_size_bytes=4 * every,
@@ -103,6 +106,10 @@ def totals_of(graph_module: GraphModule) -> Totals:
         bops=bops,
         float_bops=macs * FLOAT_BITS**2,
     )
+
+
+def _nodes(graph_module: GraphModule) -> list[Node]:
+    return [n for one in graphs_of(graph_module) for n in one.graph.nodes]
 
 
 def _inner_reason(node: Node) -> str:
@@ -123,11 +130,15 @@ def _stored(graph_module: GraphModule) -> list[Tensor]:
     the parameters behind any other parametrization, the tensor it makes.
     """
     quantized = weight_sites(graph_module)
-    replaced = _replaced_nodes(graph_module, [s.node for s in quantized])
-    read = {id(p) for n in replaced for p in _tensors_of(graph_module, n)}
-    nodes = [n for n in graph_module.graph.nodes if n not in replaced]
-    live = [n for n in nodes if n.op in ("get_attr", "call_module")]
-    read -= {id(p) for n in live for p in _tensors_of(graph_module, n)}
+    read: set[int] = set()
+    live: set[int] = set()
+    for one in graphs_of(graph_module):
+        replaced = _replaced_nodes(one, [s.node for s in quantized if s.owner is one])
+        read |= {id(p) for n in replaced for p in _tensors_of(one, n)}
+        nodes = [n for n in one.graph.nodes if n not in replaced]
+        kept = [n for n in nodes if n.op in ("get_attr", "call_module")]
+        live |= {id(p) for n in kept for p in _tensors_of(one, n)}
+    read -= live
     made: list[Tensor] = [site.weight().detach() for site in quantized]
     for module in graph_module.modules():
         if isinstance(module, Quantizer):
@@ -154,7 +165,10 @@ def _replaced_nodes(graph_module: GraphModule, quantizers: list[Node]) -> set[No
 def _tensors_of(graph_module: GraphModule, node: Node) -> list[Tensor]:
     """Stored tensors that one node reads."""
     if node.op == "call_module":
-        return list(graph_module.get_submodule(str(node.target)).parameters())
+        module = graph_module.get_submodule(str(node.target))
+        graphs = [m for m in module.modules() if isinstance(m, GraphModule)]
+        inside = {id(p) for g in graphs if path_of(g) for p in g.parameters()}
+        return [p for p in module.parameters() if id(p) not in inside]
     value = attribute(graph_module, str(node.target)) if node.op == "get_attr" else None
     return [value] if isinstance(value, Tensor) else []
 

@@ -7,6 +7,7 @@ from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 
 
 class Block(NamedTuple):
@@ -62,6 +63,17 @@ def scope_of(node: Node) -> str:
     if node.op == "call_module" and paths and paths[-1][0] == node.target:
         paths = paths[:-1]
     return str(paths[-1][0]) if paths else ""
+
+
+def plain_numbers(node: Node) -> list[Any]:
+    """Numbers among the arguments of a call that no node stands for."""
+    leaves = tree_leaves((tuple(node.args), dict(node.kwargs)), is_leaf=_is_slice)
+    ends = [(v.start, v.stop, v.step) if isinstance(v, slice) else (v,) for v in leaves]
+    return [v for end in ends for v in end if isinstance(v, int | float)]
+
+
+def _is_slice(value: Any) -> bool:
+    return isinstance(value, slice)
 
 
 def _key(node: Node) -> tuple[Any, ...]:

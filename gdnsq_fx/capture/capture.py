@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, cast
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule
-from torch.nn.parameter import is_lazy
 
 from gdnsq_fx.annotations import annotate
 from gdnsq_fx.capture.captured import CapturedModule, CaptureFacts, mode_exceptions
+from gdnsq_fx.capture.child_calls import Arguments
+from gdnsq_fx.capture.data_dependence import ReadsData, parting_modules
 from gdnsq_fx.capture.modes import merged
+from gdnsq_fx.capture.opaque_children import capture_children
+from gdnsq_fx.capture.recording import Recording, recorded, unfit_modules
 from gdnsq_fx.capture.resizing import at_other_sizes, same_calls
-from gdnsq_fx.capture.self_check import Observation, observe, self_check
-from gdnsq_fx.capture.tracing import Trace, trace
+from gdnsq_fx.capture.self_check import observe, self_check
+from gdnsq_fx.capture.shells import copied, shell_of
 from gdnsq_fx.errors import CaptureError
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
@@ -28,8 +32,12 @@ def capture(
     table: OpTable = DEFAULT_TABLE,
     *,
     inplace: bool = False,
+    opaque: Mapping[str, str] = MappingProxyType({}),
 ) -> CapturedModule:
     """Record what a model computes, in evaluation and in training, as one graph.
+
+    What recording cannot look into stays a module, and its children are captured on
+    their own where possible (see `capture_children`).
 
     Args:
         model: any module, left untouched; a plain GraphModule is taken as it is.
@@ -37,6 +45,7 @@ def capture(
             fixed to their defaults.
         table: operations that must stay visible (see `tracing.trace`).
         inplace: share parameters and sub-modules with the model instead of copying.
+        opaque: paths of modules that are not to be looked into -> why.
 
     Returns:
         A graph module with every parameter, buffer and module under its old name.
@@ -45,32 +54,64 @@ def capture(
         CaptureError: the model fails on the example, cannot be recorded, or the graph
             does not compute what the model computes.
     """
-    model = _shell_of(model) if inplace else _copied(model)
+    model = shell_of(model) if inplace else copied(model)
+    return _captured(model, (args, kwargs), table, opaque)
+
+
+def _captured(
+    model: nn.Module,
+    example: Arguments,
+    table: OpTable,
+    opaque: Mapping[str, str],
+    *,
+    inside: bool = False,
+) -> CapturedModule:
+    """Capture the model itself, or a module inside an opaque one."""
     if isinstance(model, GraphModule) and _has_one_graph(model):
         return CapturedModule(model, model.graph)
     # The first run also builds what a model builds on its first call.
-    seen = observe(model, args, kwargs)
+    seen = observe(model, *example)
     try:
-        return _checked(seen, model, args, kwargs, table, real=False)
+        captured = _settled(model, example, table, opaque, inside, real=False)
+        self_check(seen, model, captured, example)
+    except ReadsData:
+        raise
     except CaptureError:
         # Code that asks for the very class of a tensor tells fake values apart.
-        return _checked(seen, model, args, kwargs, table, real=True)
+        captured = _settled(model, example, table, opaque, inside, real=True)
+        self_check(seen, model, captured, example)
+    return captured
 
 
-def _checked(
-    seen: list[Observation],
+def _settled(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    example: Arguments,
     table: OpTable,
+    opaque: Mapping[str, str],
+    inside: bool,
     *,
     real: bool,
 ) -> CapturedModule:
-    shell = _shell_of(model)  # what a recording adds is its own
-    graph, facts = _recorded(shell, args, kwargs, table, real=real)
-    captured = _built(shell, graph, facts)
-    self_check(seen, shell, captured, (args, kwargs))
-    return captured
+    """Record, and record again as long as modules turn out to need their own code."""
+    captured, kept = None, dict(opaque)
+    while True:
+        shell = shell_of(model)  # what a recording adds is its own
+        try:
+            recording = recorded(shell, example, table, kept, inside, real=real)
+            more = unfit_modules(shell, recording)
+            if more.keys() <= kept.keys():
+                captured = _assembled(shell, recording, example, table, kept)
+                for one in dict.fromkeys(recording):
+                    more |= parting_modules(model, captured, one, example, table, kept)
+        except CaptureError:
+            if captured is None:
+                raise
+            return captured  # what should be opaque cannot be: as good as it gets
+        if "" in more:
+            raise ReadsData(more[""])
+        if captured is not None and more.keys() <= kept.keys():
+            return captured
+        kept |= more
 
 
 def _has_one_graph(model: GraphModule) -> bool:
@@ -79,99 +120,44 @@ def _has_one_graph(model: GraphModule) -> bool:
     return type(model).__mro__[1] in (GraphModule, CapturedModule)
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    # Tensors computed from others (a pruned weight) refuse to be copied as they are.
-    memo: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    memo |= {
-        id(p): cast(Any, type(p))(device=p.device, dtype=p.dtype)
-        for p in (*model.parameters(), *model.buffers())
-        if is_lazy(p)
-    }
-    try:
-        twin = copy.deepcopy(model, memo)
-        for module, other in zip(twin.modules(), model.modules(), strict=False):
-            module.training = other.training  # torchvision's extractors forget it
-        return twin
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied: {error}. Pass inplace=True, "
-            "which copies nothing"
-        ) from error
-
-
-def _shell_of(model: nn.Module) -> nn.Module:
-    """The same parameters and sub-modules under a new root, which may be added to."""
-    if isinstance(model, GraphModule):
-        return model  # its own copies do not keep what a subclass adds
-    # Not copy.copy: a parametrized module refuses it.
-    shell = object.__new__(type(model))
-    vars(shell).update(vars(model))
-    for kind in ("_modules", "_parameters", "_buffers"):
-        vars(shell)[kind] = dict(vars(model)[kind])
-    return shell
-
-
-def _recorded(
+def _assembled(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    recording: Recording,
+    example: Arguments,
     table: OpTable,
-    *,
-    real: bool,
-) -> tuple[Graph, CaptureFacts]:
-    """One graph for both modes."""
+    kept: Mapping[str, str],
+) -> CapturedModule:
+    """One graph for both modes, over the model's modules; opaque ones have shells."""
+    evaluation, training = recording
     with preserved_modes(model):
-        evaluation = _trace(model.eval(), args, kwargs, table, real)
-        try:
-            training = trace(
-                model.train(),
-                args,
-                kwargs,
-                table,
-                evaluation.constants,
-                "real" if evaluation.real else "fake first",
-            )
-        except Exception:
-            # The model itself refuses to train on this input (a detector without
-            # targets), or the self-check finds the difference.
-            training = evaluation
-        fixed = at_other_sizes(model.eval(), evaluation, args, kwargs, table)
+        fixed = at_other_sizes(model.eval(), evaluation, *example, table, kept)
         # Where evaluation lost no number, the same calls in training lose none.
         other = training is not evaluation
         if other and (fixed or not same_calls(evaluation, training)):
-            fixed += at_other_sizes(model.train(), training, args, kwargs, table)
+            fixed += at_other_sizes(model.train(), training, *example, table, kept)
+
+    def capture_child(
+        child: nn.Module, arguments: Arguments, path: str
+    ) -> CapturedModule:
+        if path in kept:
+            raise ReadsData(kept[path])
+        start = len(path) + 1
+        below = {p[start:]: w for p, w in kept.items() if p.startswith(f"{path}.")}
+        return _captured(shell_of(child), arguments, table, below, inside=True)
+
+    opaque = recording.opaque
+    inside = capture_children(model, opaque, example, table, capture_child)
     # As plain tensors: a parameter would become one of the captured model.
     vars(model).update({n: t.detach() for n, t in training.constants.items()})
     facts = CaptureFacts(
         tuple(dict.fromkeys((*evaluation.specialized, *training.specialized, *fixed))),
-        evaluation.opaque | training.opaque,
+        opaque | inside.opaque,
         evaluation.real,
         mode_exceptions(model),
+        inside.left,
     )
-    return merged(model, evaluation.pruned(), training.pruned()), facts
-
-
-def _trace(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    table: OpTable,
-    real: bool,
-) -> Trace:
-    try:
-        values = "real" if real else "fake first"
-        return trace(model, args, kwargs, table, values=values)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be captured: {error}. Pass only tensors "
-            "and plain values to its sub-modules and return tensors in tuples, lists, "
-            "dicts or dataclasses, or prepare the sub-module that holds the layers"
-        ) from error
+    graph = merged(model, evaluation.pruned(), training.pruned())
+    return _built(model, graph, facts)
 
 
 def _built(model: nn.Module, graph: Graph, facts: CaptureFacts) -> CapturedModule:
@@ -186,5 +172,11 @@ def _built(model: nn.Module, graph: Graph, facts: CaptureFacts) -> CapturedModul
     captured.facts = facts
     for path, reason in facts.opaque.items():
         for node in captured.graph.find_nodes(op="call_module", target=path):
-            annotate(node, skip=f"cannot be looked into ({reason})")
+            annotate(node, skip=_skip(path, reason, facts.left))
     return captured
+
+
+def _skip(path: str, reason: str, left: Mapping[str, str]) -> str:
+    """Why not all of an opaque module is quantized."""
+    inside = [f"{p} {why}" for p, why in left.items() if p.startswith(f"{path}.")]
+    return "; ".join([f"cannot be looked into ({reason})", *inside])

@@ -27,10 +27,13 @@ class CaptureFacts:
 
     Attributes:
         specialized: what the graph keeps as it was on the example.
-        opaque: path of a module that could not be looked into -> why.
+        opaque: path of a module that could not be looked into -> why; those inside
+            others as well.
         real: the model reads data, so that it ran on real values.
         modes: for each mode that ``train(mode)`` of the model sets, the modules that
             it leaves in the other one, by path.
+        left: path of a module inside an opaque one that has weights and no graph of its
+            own -> why.
     """
 
     specialized: tuple[Specialization, ...] = ()
@@ -39,6 +42,7 @@ class CaptureFacts:
     modes: Mapping[bool, tuple[str, ...]] = field(
         default_factory=dict[bool, tuple[str, ...]]
     )
+    left: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class CapturedModule(PickledByNodes):
@@ -69,8 +73,7 @@ class CapturedModule(PickledByNodes):
     @property
     def facts(self) -> CaptureFacts:
         """What was learnt on the way; kept in ``meta``, which copies keep."""
-        found = self.meta.get(_KEY)
-        return found if isinstance(found, CaptureFacts) else CaptureFacts()
+        return capture_facts(self)
 
     @facts.setter
     def facts(self, facts: CaptureFacts) -> None:
@@ -82,6 +85,12 @@ class CapturedModule(PickledByNodes):
         for path in self.facts.modes.get(mode, ()):
             self.get_submodule(path).training = not mode
         return self
+
+
+def capture_facts(graph_module: GraphModule) -> CaptureFacts:
+    """What was learnt when a model was captured, also of one that was converted."""
+    found = graph_module.meta.get(_KEY)
+    return found if isinstance(found, CaptureFacts) else CaptureFacts()
 
 
 def mode_exceptions(model: nn.Module) -> dict[bool, tuple[str, ...]]:

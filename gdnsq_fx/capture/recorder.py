@@ -42,6 +42,9 @@ _SYMBOLIC = frozenset(
     }
 )
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
+_ITEMS = frozenset({"item", "tolist"})
+# How much they return depends on data, and a loop may go over it.
+_DATA_SIZED = frozenset({"nonzero", "argwhere", "unique", "unique_consecutive"})
 # They change what the calls after them do, and are no calls on values themselves.
 _STATE = frozenset({"_set_grad_enabled", "set_grad_enabled"})
 
@@ -84,6 +87,7 @@ class Recorder(TorchFunctionMode):
         self.fake = fake
         self.ledger = Ledger(root, fake is not None, constants)
         self.specialized: list[Specialization] = []
+        self.readers: set[str] = set()  # modules whose forward reads data
         self.hidden = False  # within a call that is one node
         self._active = True
 
@@ -128,6 +132,8 @@ class Recorder(TorchFunctionMode):
         value = self.compute(func, args, kwargs)
         if value is None and name not in ("__setitem__",):
             return None
+        if name in _DATA_SIZED or (name == "where" and len(args) == 1):
+            self._note_reader()
         if not _holds_tensor(value) and value is not None:
             return self._number(func, args, kwargs, name, value)
         try:
@@ -179,6 +185,8 @@ class Recorder(TorchFunctionMode):
         known = any(map(self._depends, tree_leaves((args, kwargs))))
         if not sized or not known:
             return value
+        if name in _ITEMS:
+            self._note_reader()
         if isinstance(value, bool):
             self.specialize("data", value)
             return value
@@ -197,10 +205,16 @@ class Recorder(TorchFunctionMode):
         """A look at the data of a tensor: its outcome is fixed in the graph."""
         if self.fake is not None:
             self.ledger.need_real()
+        self._note_reader()
         value = self.compute(func, args, kwargs)
         if any(self.ledger.knows(leaf) for leaf in tree_leaves((args, kwargs))):
             self.specialize("data", value)
         return value
+
+    def _note_reader(self) -> None:
+        scopes = list(self.ledger.scopes.values())
+        if scopes and self._active:
+            self.readers.add(scopes[-1][0])
 
     # --- what others record ----------------------------------------------------------
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from gdnsq_fx.annotations import source_of
-from gdnsq_fx.capture.alignment import aligned
+from gdnsq_fx.capture.alignment import aligned, plain_numbers
 from gdnsq_fx.capture.recorder import Specialization
 from gdnsq_fx.capture.tracing import Trace, trace
 from gdnsq_fx.opinfo import OpTable
@@ -41,6 +41,7 @@ def at_other_sizes(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     table: OpTable,
+    kept: Mapping[str, str],
 ) -> list[Specialization]:
     """Record the model at a larger size, and replace the numbers that it shows lost.
 
@@ -48,7 +49,7 @@ def at_other_sizes(
         model: the model, in the mode that was recorded.
         recorded: the recording; numbers in its graph are replaced by their source.
         args, kwargs: the example input.
-        table: as for `trace`.
+        table, kept: as for `trace`.
 
     Returns:
         Places where the model went another way, such as a loop over ``range(len(x))``,
@@ -61,7 +62,9 @@ def at_other_sizes(
         try:
             values = "real" if real else "fake"
             with _quiet():
-                return trace(model, other_args, other_kwargs, table, constants, values)
+                return trace(
+                    model, other_args, other_kwargs, table, constants, values, kept
+                )
         except Exception:  # the model refuses this size
             return None
 
@@ -86,7 +89,7 @@ def same_calls(first: Trace, second: Trace) -> bool:
     if _first_parting(first.graph, second.graph) is not None:
         return False
     pairs = _matched(first.graph, second.graph)
-    return all(_plain_numbers(n) == _plain_numbers(twin) for n, twin in pairs.items())
+    return all(plain_numbers(n) == plain_numbers(twin) for n, twin in pairs.items())
 
 
 @contextmanager
@@ -150,7 +153,7 @@ class _Restorer:
     def lost(self) -> bool:
         """Whether a plain number differs between the recordings."""
         return any(
-            _plain_numbers(node) != _plain_numbers(twin)
+            plain_numbers(node) != plain_numbers(twin)
             for pairs in self.pairs
             for node, twin in pairs.items()
         )
@@ -237,16 +240,6 @@ def _same(values: tuple[Any, ...], computed: Iterable[Any]) -> bool:
     """Equal to the last bit, and of the same type."""
     made = tuple(computed)
     return made == values and type(made[0]) is type(values[0])
-
-
-def _plain_numbers(node: Node) -> list[Any]:
-    leaves = tree_leaves((tuple(node.args), dict(node.kwargs)), is_leaf=_is_slice)
-    ends = [(v.start, v.stop, v.step) if isinstance(v, slice) else (v,) for v in leaves]
-    return [v for end in ends for v in end if isinstance(v, int | float)]
-
-
-def _is_slice(value: Any) -> bool:
-    return isinstance(value, slice)
 
 
 def _key(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -131,6 +131,26 @@ def _parting(
     return _difference(one.output, _outputs(captured, model, one.training, one.inputs))
 
 
+def disagreement(
+    model: nn.Module,
+    other: nn.Module,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    modes: tuple[bool, ...] = (False, True),
+) -> str | None:
+    """How another module differs from a model on one input, None where it does not.
+
+    A mode in which the model itself fails is not compared.
+    """
+    for training in modes:
+        wanted = _outputs(model, model, training, inputs)
+        if isinstance(wanted, Exception):
+            continue
+        cause = _difference(wanted, _outputs(other, model, training, inputs))
+        if cause is not None:
+            return cause
+    return None
+
+
 def _specializations(captured: CapturedModule) -> str:
     found = captured.facts.specialized
     if not found:

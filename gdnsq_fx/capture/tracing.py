@@ -33,7 +33,7 @@ from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import is_on_meta, preserved_state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """A recorded graph and what was learnt on the way.
 
@@ -45,6 +45,8 @@ class Trace:
         real: real values were needed.
         numbers: what each node that stands for a number was on the example.
         disposable: nodes without effect, to be dropped where nothing reads them.
+        readers: paths of the modules whose own code reads data.
+        training: the mode of the model.
     """
 
     graph: Graph
@@ -54,6 +56,8 @@ class Trace:
     real: bool
     numbers: dict[Node, Any]
     disposable: set[Node]
+    readers: frozenset[str]
+    training: bool
 
     def pruned(self) -> Graph:
         """The graph without numbers, attributes and parameters that nothing reads."""
@@ -71,6 +75,7 @@ def trace(
     table: OpTable,
     constants: Mapping[str, Tensor] = MappingProxyType({}),
     values: Literal["fake first", "fake", "real"] = "fake first",
+    kept: Mapping[str, str] = MappingProxyType({}),
 ) -> Trace:
     """Record the model, in the mode it is in, on an example input.
 
@@ -84,23 +89,32 @@ def trace(
         table: which operations must not be hidden in a module.
         constants: tensors that an earlier recording found and named.
         values: whether to compute real values: only where needed, never, or always.
+        kept: paths of modules that are not to be looked into -> why.
     """
     if values != "real" and not is_on_meta(model):
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        tracer = _Tracer(model, Recorder(model, fake, constants), table)
+        tracer = _Tracer(model, Recorder(model, fake, constants), table, kept)
         try:
             return tracer.run(args, kwargs)
         except Exception:
             if values == "fake" or not tracer.recorder.ledger.needs_real:
                 raise
-    return _Tracer(model, Recorder(model, None, constants), table).run(args, kwargs)
+    recorder = Recorder(model, None, constants)
+    return _Tracer(model, recorder, table, kept).run(args, kwargs)
 
 
 class _Tracer:
     """One recording: the entry, and what happens at each call of a module."""
 
-    def __init__(self, root: nn.Module, recorder: Recorder, table: OpTable) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        recorder: Recorder,
+        table: OpTable,
+        kept: Mapping[str, str],
+    ) -> None:
         self.root = root
+        self.kept = kept
         self.recorder = recorder
         self.table = table
         self.paths = {id(m): path for path, m in root.named_modules()}
@@ -135,6 +149,8 @@ class _Tracer:
             recorder.fake is None,
             {node: plain(value) for node, value in recorder.ledger.numbers.items()},
             recorder.ledger.disposable,
+            frozenset(recorder.readers),
+            self.root.training,
         )
 
     # --- modules -----------------------------------------------------------------
@@ -183,8 +199,10 @@ class _Tracer:
     ) -> Any:
         if path and (stays_whole(module) or self._is_layer(module)):
             return self._whole(module, path, args, kwargs)
-        if path and has_backward_hooks(module):
-            self.opaque[path] = "has backward hooks"
+        reason = "has backward hooks" if has_backward_hooks(module) else None
+        reason = self.kept.get(path, reason)
+        if path and reason is not None:
+            self.opaque[path] = reason
             return self._whole(module, path, args, kwargs)
         before = self.recorder.ledger.versions((args, kwargs))
         try:

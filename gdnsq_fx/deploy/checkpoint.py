@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from gdnsq_fx.annotations import model_facts
+from gdnsq_fx.capture.captured import capture_facts
 from gdnsq_fx.deploy.files import read_file, write_file
 from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.errors import FileFormatError, PassError
 from gdnsq_fx.inputs import model_device
+from gdnsq_fx.nested import graphs_of, joined, path_of
 from gdnsq_fx.sites import WeightSite, bit_width, sites
 from gdnsq_fx.spec import QuantConfig
 from gdnsq_fx.stored import ancestors
@@ -35,6 +37,8 @@ class Contents:
         folded: BatchNorm was folded before quantizers were inserted.
         max_codes: largest code of each activation edge, by its ``quantizers.`` path.
         tensors: state of the integer graph.
+        opaque: path of each module that stayed one -> why; with other weights, other
+            modules might show that they cannot be looked into.
     """
 
     path: str
@@ -42,6 +46,7 @@ class Contents:
     folded: bool
     max_codes: dict[str, int]
     tensors: dict[str, Tensor]
+    opaque: dict[str, str]
 
 
 def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
@@ -60,6 +65,7 @@ def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
         "config": facts.config.to_dict(),
         "folded": facts.folded,
         "max_codes": _max_codes(imodel),
+        "opaque": dict(capture_facts(imodel).opaque),
     }
     return write_file(path, imodel.state_dict(), codes, description)
 
@@ -74,12 +80,15 @@ def read(path: str | os.PathLike[str]) -> Contents:
     try:
         config: Any = found.description["config"]
         max_codes: Any = found.description["max_codes"]
+        # Files written before modules were opaque for their data have none.
+        opaque: Any = found.description.get("opaque", {})
         return Contents(
             path=str(Path(path)),
             config=QuantConfig.from_dict(config),
             folded=found.description["folded"] is True,
             max_codes={str(k): int(v) for k, v in max_codes.items()},
             tensors=dict(found.tensors),
+            opaque={str(k): str(v) for k, v in opaque.items()},
         )
     except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
         raise FileFormatError(
@@ -99,13 +108,12 @@ def place_levels(prepared: GraphModule, contents: Contents) -> None:
         parameter.fill_(1.0)  # whatever the given model holds, the file replaces it
     for site in sites(prepared):
         if isinstance(site, WeightSite):
-            _make_plain(prepared, site)
+            _make_plain(site)
             site.quantizer.open_to(site.weight(), site.quantizer.spec.bits)
             continue
-        target = str(site.node.target)
-        if target not in contents.max_codes:
+        if site.path not in contents.max_codes:
             raise other_model(contents, f"it has no levels for {site.edge}")
-        levels = contents.max_codes[target] + 1
+        levels = contents.max_codes[site.path] + 1
         if not 1 <= levels <= 1 << 16:
             raise other_model(contents, f"{levels} levels on {site.edge}")
         site.quantizer.lower.fill_(0.0)
@@ -113,18 +121,19 @@ def place_levels(prepared: GraphModule, contents: Contents) -> None:
         site.quantizer.log2_range.copy_(torch.log2(torch.tensor(float(levels))))
 
 
-def _make_plain(prepared: GraphModule, site: WeightSite) -> None:
+def _make_plain(site: WeightSite) -> None:
     """Let a tensor stand for a computed weight: of ones it might become 0 / 0."""
+    owner = site.owner
     source = site.node.args[0]
-    if not isinstance(source, torch.fx.Node) or source.op == "get_attr":
+    if not isinstance(source, Node) or source.op == "get_attr":
         return
     name = f"stored_{site.node.name}"
-    prepared.register_buffer(name, torch.ones_like(site.weight()), persistent=False)
-    with prepared.graph.inserting_before(site.node):
-        site.node.replace_input_with(source, prepared.graph.get_attr(name))
+    owner.register_buffer(name, torch.ones_like(site.weight()), persistent=False)
+    with owner.graph.inserting_before(site.node):
+        site.node.replace_input_with(source, owner.graph.get_attr(name))
     for node in sorted(ancestors([source]), reverse=True):
         if not node.users:
-            prepared.graph.erase_node(node)
+            owner.graph.erase_node(node)
 
 
 def fill(imodel: GraphModule, contents: Contents) -> GraphModule:
@@ -157,16 +166,25 @@ def other_model(contents: Contents, cause: str) -> FileFormatError:
 
 
 def _integer_nodes(imodel: GraphModule) -> bool:
-    return bool(imodel.graph.find_nodes(op="call_function", target=dequantize))
+    return bool(_calls_of(imodel, dequantize))
+
+
+def _calls_of(imodel: GraphModule, function: Any) -> list[tuple[str, Node]]:
+    """Nodes that call a function, with the path of the graph they stand in."""
+    return [
+        (path_of(one), node)
+        for one in graphs_of(imodel)
+        for node in one.graph.find_nodes(op="call_function", target=function)
+    ]
 
 
 def _weight_codes(imodel: GraphModule) -> dict[str, int]:
     """Name of each tensor of weight codes -> bits that hold them."""
     found: dict[str, int] = {}
-    for node in imodel.graph.find_nodes(op="call_function", target=dequantize):
+    for path, node in _calls_of(imodel, dequantize):
         source = node.args[0]
-        if isinstance(source, torch.fx.Node) and source.op == "get_attr":
-            name = str(source.target)
+        if isinstance(source, Node) and source.op == "get_attr":
+            name = joined(path, str(source.target))
             codes = imodel.state_dict()[name]
             found[name] = bit_width(int(codes.max()) + 1)
     return found
@@ -174,7 +192,8 @@ def _weight_codes(imodel: GraphModule) -> dict[str, int]:
 
 def _max_codes(imodel: GraphModule) -> dict[str, int]:
     found: dict[str, int] = {}
-    for node in imodel.graph.find_nodes(op="call_function", target=quantize):
+    for path, node in _calls_of(imodel, quantize):
         step: Any = node.args[1]
-        found[str(step.target).removesuffix(".step")] = int(node.args[3])
+        name = joined(path, str(step.target).removesuffix(".step"))
+        found[name] = int(cast(int, node.args[3]))
     return found

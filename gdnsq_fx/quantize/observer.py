@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,6 +33,21 @@ class Observer:
         self._share = 1.0
         self._sample = torch.empty(0)
         self._generator = torch.Generator().manual_seed(0)
+
+    @classmethod
+    def of_all(cls, edge: str, others: Iterable[Observer]) -> Observer:
+        """An observer that has seen what others have."""
+        made = cls(edge)
+        for other in others:
+            made.add(other._sample)
+            made.low = min(made.low, other.low)
+            made.high = max(made.high, other.high)
+        return made
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has seen no value yet."""
+        return not self.low <= self.high
 
     def hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of a quantizer."""
@@ -75,7 +91,7 @@ class Observer:
         Raises:
             CalibrationError: nothing was observed.
         """
-        if not self.low <= self.high:
+        if self.is_empty:
             raise CalibrationError(
                 f"no value reached {self.edge} in calibration; its layer does not run "
                 "on these batches, so exclude it or add batches that use it"
