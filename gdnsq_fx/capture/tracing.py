@@ -26,6 +26,7 @@ from gdnsq_fx.capture.leaves import (
     stays_whole,
 )
 from gdnsq_fx.capture.ledger import Mark, NeedsRealValues
+from gdnsq_fx.capture.python_functions import recorded_builtins
 from gdnsq_fx.capture.recorder import Recorder, Specialization
 from gdnsq_fx.capture.scalars import plain
 from gdnsq_fx.capture.values import Untraceable
@@ -154,6 +155,7 @@ class _Tracer:
         with (
             mock.patch.object(nn.Module, "__call__", call_module),
             mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+            recorded_builtins(self.recorder),
         ):
             yield
 

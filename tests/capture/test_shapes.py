@@ -106,6 +106,7 @@ _SEQUENCES: dict[str, Callable[..., Any]] = {
     "logarithm": lambda m, x: x * math.log(x.shape[1] + 1),
     "floor": lambda m, x: x * math.floor(x.shape[1] / 2.0),
     "min and max": lambda m, x: x[:, : min(x.shape[1], 16)] * max(x.shape[1], 2),
+    "either of two": lambda m, x: x[:, : min(4, x.size(1))] * max([len(x), 3.0]),
     "product": lambda m, x: x.reshape(math.prod(x.shape[:2]), x.shape[-1]),
     "numel": lambda m, x: x.reshape(x.numel() // x.size(-1), -1),
     "shape and more": lambda m, x: x.reshape(*x.shape[:-1], 2, 2).sum(-1),
