@@ -2,7 +2,8 @@
 
 Activations: the range whose levels, at the target bit-width, give the least mean
 squared error on a sample of the values met. Weights: levels over the whole span of each
-channel.
+channel. The model runs in evaluation, but a BatchNorm that is to be trained from its
+first batch on normalises as it will then.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gdnsq_fx.sites import (
 from gdnsq_fx.state import preserved_state
 
 from ._base import Pass, check_finite
+from ._batch_statistics import batch_statistics_where_untrained
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,8 @@ class Calibrate(Pass):
     def _run(self, graph_module: GraphModule) -> int:
         count = 0
         disabled = quantization_disabled(graph_module)
-        with preserved_state(graph_module), disabled, torch.no_grad():
+        own = batch_statistics_where_untrained(graph_module)
+        with preserved_state(graph_module), disabled, torch.no_grad(), own:
             graph_module.eval()
             for count, one in enumerate(self.batches, start=1):
                 batch = self.inputs.split(one)
