@@ -22,6 +22,7 @@ from gdnsq_fx.capture.calls import (
     is_tensor_attribute,
     spelled,
 )
+from gdnsq_fx.capture.data_readers import Reader, readers_above
 from gdnsq_fx.capture.ledger import Ledger
 from gdnsq_fx.capture.location import calling_line, in_torch
 from gdnsq_fx.capture.opened import OPENED_FUNCTIONS
@@ -72,6 +73,11 @@ class Recorder(TorchFunctionMode):
         root: the model; parameters and buffers of it become ``get_attr`` nodes.
         fake: the mode that makes values fake; None to compute real values.
         constants: further tensors, by name, that an earlier recording met.
+
+    Attributes:
+        specialized: what the graph keeps as it was on the example.
+        readers: functions that read the data among it.
+        hidden: a call runs that is one node.
     """
 
     def __init__(
@@ -84,7 +90,8 @@ class Recorder(TorchFunctionMode):
         self.fake = fake
         self.ledger = Ledger(root, fake is not None, constants)
         self.specialized: list[Specialization] = []
-        self.hidden = False  # within a call that is one node
+        self.readers: list[Reader] = []
+        self.hidden = False
         self._active = True
 
     # --- what torch calls ------------------------------------------------------------
@@ -234,6 +241,8 @@ class Recorder(TorchFunctionMode):
         text = " ".join(str(value).split())
         short = text if len(text) <= 40 else text[:37] + "..."
         self.specialized.append(Specialization(kind, short, calling_line().short))
+        if kind == "data":
+            self.readers += readers_above()
 
     def compute(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

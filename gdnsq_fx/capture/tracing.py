@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
+from gdnsq_fx.capture.data_readers import Reader, replaced
 from gdnsq_fx.capture.entry import Entry
 from gdnsq_fx.capture.helpers import AppliedFunction, add_helper
 from gdnsq_fx.capture.leaves import (
@@ -95,14 +96,36 @@ def trace(
         except Exception:
             if values == "fake" or not tracer.recorder.ledger.needs_real:
                 raise
-    return _Tracer(model, Recorder(model, None, constants), table).run(args, kwargs)
+    tracer = _Tracer(model, Recorder(model, None, constants), table)
+    recorded = tracer.run(args, kwargs)
+    readers = tracer.recorder.readers
+    if not readers:
+        return recorded
+    recorder = Recorder(model, None, recorded.constants)
+    return _Tracer(model, recorder, table, readers).run(args, kwargs)
+
+
+class _Call(NamedTuple):
+    """What one node calls."""
+
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class _Tracer:
     """One recording: the entry, and what happens at each call of a module."""
 
-    def __init__(self, root: nn.Module, recorder: Recorder, table: OpTable) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        recorder: Recorder,
+        table: OpTable,
+        readers: Sequence[Reader] = (),
+    ) -> None:
         self.root = root
+        self.readers = readers
         self.recorder = recorder
         self.table = table
         self.paths = {id(m): path for path, m in root.named_modules()}
@@ -156,6 +179,7 @@ class _Tracer:
             mock.patch.object(nn.Module, "__call__", call_module),
             mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
             recorded_builtins(self.recorder),
+            replaced(self.readers, self._reader),
         ):
             yield
 
@@ -190,6 +214,7 @@ class _Tracer:
             self.opaque[path] = "has backward hooks"
             return self._whole(module, path, args, kwargs)
         before = self.recorder.ledger.versions((args, kwargs))
+        notes = len(self.recorder.specialized)
         try:
             output = self.call_module(module, *args, **kwargs)
         except Exception as error:
@@ -197,7 +222,8 @@ class _Tracer:
                 raise
             return self._opaque(module, path, mark, args, kwargs, error)
         if path and is_bare(module) and self._can_close(mark, output):
-            return self._closed(path, mark, args, kwargs, output, before)
+            node = _Call("call_module", path, args, kwargs)
+            return self._closed(node, mark, notes, output, before)
         return output
 
     def _is_layer(self, module: nn.Module) -> bool:
@@ -239,20 +265,21 @@ class _Tracer:
 
     def _closed(
         self,
-        path: str,
+        call: _Call,
         mark: Mark,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        notes: int,
         output: Any,
         before: dict[int, int],
     ) -> Any:
+        """One node for what was recorded and noted since, if a graph can hold it."""
+        ledger = self.recorder.ledger
         try:
-            self.recorder.ledger.argument((args, kwargs))
+            ledger.argument((call.args, call.kwargs))
         except Untraceable:
             return output
-        self.recorder.ledger.undo(mark)
-        node = self.recorder.ledger.call_node("call_module", path, args, kwargs)
-        return self.recorder.ledger.track(output, node, before)
+        ledger.undo(mark)
+        del self.recorder.specialized[notes:]
+        return ledger.track(output, ledger.call_node(*call), before)
 
     def _opaque(
         self,
@@ -289,6 +316,28 @@ class _Tracer:
         helper = add_helper(self.root, name, AppliedFunction(function))
         node = recorder.ledger.call_node("call_module", helper, args, kwargs)
         return recorder.ledger.track(output, node, before)
+
+    def _reader(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that stays one call wherever it reads data.
+
+        It is opened nevertheless where it holds something to quantize, or hands out
+        what is no tensor: then the way that the model takes hangs on the example.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            recorder = self.recorder
+            if recorder.hidden:
+                return function(*args, **kwargs)
+            mark, notes = recorder.ledger.mark(), len(recorder.specialized)
+            before = recorder.ledger.versions((args, kwargs))
+            output = function(*args, **kwargs)
+            reads = any(s.kind == "data" for s in recorder.specialized[notes:])
+            if not reads or not self._can_close(mark, output):
+                return output
+            made = _Call("call_function", function, args, kwargs)
+            return self._closed(made, mark, notes, output, before)
+
+        return call
 
     # --- buffers -----------------------------------------------------------------
 
