@@ -43,6 +43,7 @@ _SYMBOLIC = frozenset(
     }
 )
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
+_READ = frozenset({"item", "tolist"})
 # They change what the calls after them do, and are no calls on values themselves.
 _STATE = frozenset({"_set_grad_enabled", "set_grad_enabled"})
 
@@ -91,6 +92,7 @@ class Recorder(TorchFunctionMode):
         self.ledger = Ledger(root, fake is not None, constants)
         self.specialized: list[Specialization] = []
         self.readers: list[Reader] = []
+        self._from_data: set[Node] = set()  # numbers that hang on what tensors hold
         self.hidden = False
         self._active = True
 
@@ -190,14 +192,17 @@ class Recorder(TorchFunctionMode):
             self.specialize("data", value)
             return value
         node = self.ledger.scalar_node(*spelled(func, args, kwargs))
-        return self._sizes(value, node)
+        return self._sizes(value, node, read=name in _READ)
 
-    def _sizes(self, value: Any, node: Node) -> Any:
+    def _sizes(self, value: Any, node: Node, read: bool = False) -> Any:
         if not isinstance(value, tuple | list):
             self.ledger.numbers[node] = value
+            if read:
+                self._from_data.add(node)
             return traced(value, node, self)
         items = cast(tuple[Any, ...], value)
-        parts = [self._sizes(v, self.ledger.part(node, i)) for i, v in enumerate(items)]
+        part = self.ledger.part
+        parts = [self._sizes(v, part(node, i), read) for i, v in enumerate(items)]
         return type(items)(parts)
 
     def _data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,22 +227,29 @@ class Recorder(TorchFunctionMode):
         except Untraceable:
             return value
         self.ledger.numbers[node] = value
+        if any(map(self._is_from_data, args)):
+            self._from_data.add(node)
         return traced(value, node, self)
 
     def number(self, function: Callable[..., Any], source: Any, value: Any) -> None:
         """Record the call, though its result will be met as a plain number."""
         if self._active:
             node = self.ledger.scalar_node("call_function", function, (source,), {})
-            self._keep(node, value)
+            self._keep(node, value, source)
 
-    def _keep(self, node: Node, value: Any) -> None:
+    def _keep(self, node: Node, value: Any, source: object = None) -> None:
         self.ledger.numbers[node] = value
-        self.specialize("number", value)
+        self.specialize("number", value, source)
 
-    def specialize(self, kind: str, value: object) -> None:
+    def _is_from_data(self, value: object) -> bool:
+        return getattr(value, "node", None) in self._from_data
+
+    def specialize(self, kind: str, value: object, source: object = None) -> None:
         """Note that the graph keeps a value which the model's own code looked at."""
         if not self._active or in_torch():
             return
+        if self._is_from_data(source):
+            kind = "data"
         text = " ".join(str(value).split())
         short = text if len(text) <= 40 else text[:37] + "..."
         self.specialized.append(Specialization(kind, short, calling_line().short))
