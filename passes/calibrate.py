@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from gdnsq_fx.annotations import KEY, ModelFacts
 from gdnsq_fx.errors import CalibrationError
 from gdnsq_fx.inputs import InputStructure, check_device
 from gdnsq_fx.quantize.observer import Observer
@@ -30,6 +31,8 @@ from gdnsq_fx.state import preserved_state
 
 from ._base import Pass, check_finite
 from ._batch_statistics import batch_statistics_where_untrained
+from ._masks import release_masks
+from ._skips import check_skips
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +63,13 @@ class Calibrate(Pass):
             )
 
     def rewrite(self, graph_module: GraphModule) -> bool:
-        """Changes quantizer parameters only, never the graph."""
-        self._calibrate_activations(graph_module)
+        """Changes quantizer parameters; the graph only where an edge holds a mask."""
+        masks = self._calibrate_activations(graph_module)
+        if masks:
+            release_masks(graph_module, masks)
+            known = graph_module.meta.get(KEY)
+            if isinstance(known, ModelFacts) and known.config.strict:
+                check_skips(graph_module)
         for site in weight_sites(graph_module):
             weight = site.weight().detach()
             # Extremes pass NaN on, and need no copy of a large weight.
@@ -71,9 +79,10 @@ class Calibrate(Pass):
                     "must be finite before it can be quantized"
                 )
             site.quantizer.open_to(weight, site.quantizer.spec.bits)
-        return False
+        return bool(masks)
 
-    def _calibrate_activations(self, graph_module: GraphModule) -> None:
+    def _calibrate_activations(self, graph_module: GraphModule) -> list[str]:
+        """Place the levels; returns the edges that hold a mask."""
         sites = activation_sites(graph_module)
         with _observing(sites) as observers:
             seen = self._run(graph_module)
@@ -82,8 +91,11 @@ class Calibrate(Pass):
                 "calibration has no batch; pass a non-empty iterable that has not been "
                 "used up, or leave it out to calibrate on the example input"
             )
+        masks = [edge for edge, observer in observers.items() if observer.is_mask]
         for site in sites:
-            observers[site.edge].place(site.quantizer)
+            if site.edge not in masks:
+                observers[site.edge].place(site.quantizer)
+        return masks
 
     def _run(self, graph_module: GraphModule) -> int:
         count = 0

@@ -13,8 +13,13 @@ from contextlib import contextmanager
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
 from gdnsq_fx.capture.location import is_ours, is_torch
 
+PLAIN = (Tensor, int, float, str, torch.dtype, torch.device, type(None))
 Function = Callable[..., Any]
 
 
@@ -78,6 +83,15 @@ def replaced(
             one.namespace[one.name] = one.function
 
 
+def is_self_contained(args: object) -> bool:
+    """Whether arguments are tensors and plain values, which a graph keeps as they are.
+
+    An object such as a configuration would be built anew for the call, without what
+    was set on it later.
+    """
+    return all(isinstance(leaf, PLAIN) for leaf in tree_leaves(args))
+
+
 def _function_of(frame: FrameType) -> FunctionType | None:
     """The function that a frame runs, if a graph's code can name it."""
     name = frame.f_code.co_name
@@ -88,4 +102,10 @@ def _function_of(frame: FrameType) -> FunctionType | None:
     is_named = function.__module__ != "__main__" and (
         getattr(module, function.__name__, None) is function
     )
-    return function if is_named else None
+    return function if is_named and not _may_return_none(function) else None
+
+
+def _may_return_none(function: FunctionType) -> bool:
+    """Whether it says that on other data it hands out nothing, which code asks for."""
+    said = function.__annotations__.get("return", "")
+    return "None" in str(said) or "Optional" in str(said)

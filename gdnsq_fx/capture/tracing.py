@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
-from gdnsq_fx.capture.data_readers import Reader, replaced
+from gdnsq_fx.capture.data_readers import Reader, is_self_contained, replaced
 from gdnsq_fx.capture.entry import Entry
 from gdnsq_fx.capture.helpers import AppliedFunction, add_helper
 from gdnsq_fx.capture.leaves import (
@@ -326,7 +326,7 @@ class _Tracer:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             recorder = self.recorder
-            if recorder.hidden:
+            if recorder.hidden or not is_self_contained((args, kwargs)):
                 return function(*args, **kwargs)
             mark, notes = recorder.ledger.mark(), len(recorder.specialized)
             before = recorder.ledger.versions((args, kwargs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Contents:
         path: the file, for messages.
         config: how the model was quantized.
         folded: BatchNorm was folded before quantizers were inserted.
+        masks: edges that lost their quantizers in calibration.
         max_codes: largest code of each activation edge, by its ``quantizers.`` path.
         tensors: state of the integer graph.
     """
@@ -40,6 +41,7 @@ class Contents:
     path: str
     config: QuantConfig
     folded: bool
+    masks: tuple[str, ...]
     max_codes: dict[str, int]
     tensors: dict[str, Tensor]
 
@@ -59,6 +61,7 @@ def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
     description = {
         "config": facts.config.to_dict(),
         "folded": facts.folded,
+        "masks": list(facts.masks),
         "max_codes": _max_codes(imodel),
     }
     return write_file(path, imodel.state_dict(), codes, description)
@@ -78,6 +81,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
             path=str(Path(path)),
             config=QuantConfig.from_dict(config),
             folded=found.description["folded"] is True,
+            masks=_names(found.description.get("masks", [])),
             max_codes={str(k): int(v) for k, v in max_codes.items()},
             tensors=dict(found.tensors),
         )
@@ -86,6 +90,12 @@ def read(path: str | os.PathLike[str]) -> Contents:
             f"{path} does not describe a converted model ({error}); write it again "
             "with gdnsq_fx.save"
         ) from error
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError("masks is no list")
+    return tuple(map(str, cast(list[Any], value)))
 
 
 @torch.no_grad()

@@ -14,6 +14,9 @@ from gdnsq_fx.quantize.quantizer import ActivationQuantizer
 
 SAMPLE_SIZE = 1 << 16
 CANDIDATES = 64
+# Products of such values overflow, so that only what is never multiplied with its like
+# holds them: a mask.
+MASK_LIMIT = math.sqrt(torch.finfo(torch.float32).max)
 
 
 class Observer:
@@ -22,10 +25,15 @@ class Observer:
     Memory is bounded: half of the sample is dropped whenever it exceeds its size. What
     is kept is drawn at random (an even stride would see the same channels each time),
     from a generator of its own.
+
+    Attributes:
+        low, high: extremes of what was seen, masks aside.
+        is_mask: some of it was beyond ``MASK_LIMIT``, or minus infinity.
     """
 
     def __init__(self, edge: str) -> None:
         self.edge = edge
+        self.is_mask = False
         self.low = math.inf
         self.high = -math.inf
         self._share = 1.0
@@ -41,17 +49,20 @@ class Observer:
         """Take note of a tensor of any shape.
 
         Raises:
-            CalibrationError: it holds NaN or infinite values.
+            CalibrationError: it holds NaN, or plus infinity: something overflowed.
         """
         if values.numel() == 0:
             return
         flat = values.detach().reshape(-1).float()
         low, high = (float(v) for v in torch.aminmax(flat))
-        if not (math.isfinite(low) and math.isfinite(high)):
+        if not low < math.inf or not high < math.inf:
             raise CalibrationError(
                 f"NaN or infinite values reach {self.edge} in calibration although the "
                 "inputs are finite; check the weights and the layers before it"
             )
+        if max(-low, high) > MASK_LIMIT:
+            self.is_mask = True
+            return
         self.low, self.high = min(self.low, low), max(self.high, high)
         drawn = self._drawn(flat, self._share)
         self._sample = torch.cat([self._sample.to(flat.device), drawn])

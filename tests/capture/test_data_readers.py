@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -94,7 +95,23 @@ def _decided(x: Tensor) -> bool:
     return bool(x.sum() > 0)
 
 
+@dataclass
+class _Settings:
+    factor: float = 2.0
+
+
+def _configured(x: Tensor, settings: _Settings) -> Tensor:
+    return x * settings.factor if x.sum() > 0 else x
+
+
+def _maybe(x: Tensor) -> Tensor | None:
+    return x * 2.0 if x.sum() > 0 else None
+
+
+_SETTINGS = _Settings()
 _OPENED = {
+    "an object that is configured": lambda m, x: m(_configured(x, _SETTINGS)),
+    "perhaps nothing": lambda m, x: m(x if (y := _maybe(x)) is None else y),
     "something to quantize": lambda m, x: m(_projected(m, x)[:, :1].expand(-1, 4)),
     "no tensor handed out": lambda m, x: m(x) if _decided(x) else x,
 }
@@ -105,5 +122,6 @@ def test_a_function_that_must_be_opened_is_fixed_and_noted(
     case: str, same: Any, operations: Any
 ) -> None:
     captured = same(_Net(_OPENED[case]), _X, others=((_X + 1.0,),))
-    assert not {"_projected", "_decided"} & set(operations(captured))
+    names = {"_projected", "_decided", "_configured", "_maybe"}
+    assert not names & set(operations(captured))
     assert [s.kind for s in captured.facts.specialized] == ["data"]
