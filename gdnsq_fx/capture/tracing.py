@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from gdnsq_fx.capture.data_readers import Reader, is_self_contained, replaced
 from gdnsq_fx.capture.entry import Entry
-from gdnsq_fx.capture.helpers import AppliedFunction, add_helper
+from gdnsq_fx.capture.helpers import AppliedFunction, ReplacedBuffer, add_helper
 from gdnsq_fx.capture.leaves import (
     has_backward_hooks,
     is_bare,
@@ -343,16 +343,32 @@ class _Tracer:
 
     def _write_back_buffers(self) -> None:
         """A buffer that forward replaced by a new tensor is written into instead."""
-        for path, module in self.root.named_modules():
+        for path, module in list(self.root.named_modules()):
             for name, value in module._buffers.items():
                 full = f"{path}.{name}" if path else name
-                if value is not self.buffers.get(full) and self.recorder.ledger.knows(
-                    value
-                ):
-                    get = self.recorder.ledger.attribute(full)
-                    self.recorder.ledger.call_node(
-                        "call_method", "copy_", (get, value), {}
-                    )
+                before = self.buffers.get(full)
+                if value is not before and self.recorder.ledger.knows(value):
+                    self._write_back(module, name, full, value)
+
+    def _write_back(
+        self, module: nn.Module, name: str, full: str, value: Tensor | None
+    ) -> None:
+        ledger, before = self.recorder.ledger, self.buffers.get(full)
+        if _same_form(before, value):
+            get = ledger.attribute(full)
+            ledger.call_node("call_method", "copy_", (get, value), {})
+            return
+        # The root itself is not the captured model, which takes its place.
+        if module is self.root:
+            raise Untraceable(f"replaces the buffer {name} by one of another shape")
+        helper = add_helper(self.root, f"new_{full}", ReplacedBuffer(module, name))
+        ledger.call_node("call_module", helper, (value,), {})
+
+
+def _same_form(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return False
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 def _is_tensors(output: Any) -> bool:
