@@ -30,6 +30,7 @@ from gdnsq_fx.capture.ledger import Mark, NeedsRealValues
 from gdnsq_fx.capture.python_functions import recorded_builtins
 from gdnsq_fx.capture.recorder import Recorder, Specialization
 from gdnsq_fx.capture.scalars import plain
+from gdnsq_fx.capture.sequences import join_whole_sequences
 from gdnsq_fx.capture.values import Untraceable
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import preserved_state
@@ -151,6 +152,7 @@ class _Tracer:
             if recorder.ledger.needs_real:
                 raise NeedsRealValues
             graph = recorder.finish(output)
+        join_whole_sequences(graph, recorder.ledger.disposable)
         entry.follow_device(graph)
         return Trace(
             graph,

@@ -118,6 +118,11 @@ _SEQUENCES: dict[str, Callable[..., Any]] = {
     "size in a tensor": lambda m, x: x * torch.full((1,), 0.5 * x.size(1)),
     "size as a number": lambda m, x: torch.add(x, x.shape[1], alpha=2),
     "unflatten": lambda m, x: x.flatten(0, 1).unflatten(0, (x.size(0), x.size(1))),
+    "rows in a list": lambda m, x: torch.cat([torch.stack(list(x)), x]) * x.size(0),
+    "rows along time": lambda m, x: torch.cat(x.unbind(1), dim=0) / len(x[0]),
+    "chunks in a list": lambda m, x: (
+        torch.stack([*x.split(1, dim=1)], 1) * x[:, -1:, None]
+    ),
     "numbers returned": lambda m, x: (x, x.shape[1] * 2, x.size(0)),
     "shape returned": lambda m, x: (x, x.shape),
     "text": lambda m, x: {f"of {x.ndim}": x},
