@@ -111,11 +111,13 @@ class ModelFacts:
         config: how it was quantized.
         inputs: structure of the example input.
         folded: BatchNorm was folded into the layers before it.
+        masks: edges whose quantizers calibration took away (`passes/_masks.py`).
     """
 
     config: QuantConfig
     inputs: InputStructure
     folded: bool = False
+    masks: tuple[str, ...] = ()
 
 
 def model_facts(module: nn.Module) -> ModelFacts:

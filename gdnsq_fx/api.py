@@ -42,6 +42,7 @@ from gdnsq_fx.passes import (
     LowerToInteger,
     Pass,
     PropagateShapes,
+    release_masks,
     run_passes,
 )
 from gdnsq_fx.sites import require_quantizers
@@ -261,6 +262,7 @@ def load(
         skeleton = run_passes(captured, _insertion(example_input, facts, table))
     except (NothingToQuantizeError, NotQuantizedError, PatternError) as error:
         raise checkpoint.other_model(contents, str(error)) from error
+    release_masks(skeleton, contents.masks)
     checkpoint.place_levels(skeleton, contents)
     return checkpoint.fill(convert(skeleton), contents)
 

@@ -15,4 +15,5 @@ from passes import InsertQuantizers as InsertQuantizers
 from passes import LowerToInteger as LowerToInteger
 from passes import Pass as Pass
 from passes import PropagateShapes as PropagateShapes
+from passes import release_masks as release_masks
 from passes import run_passes as run_passes

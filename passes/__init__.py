@@ -12,6 +12,7 @@ if __name__ != "gdnsq_fx.passes":
     )
 
 from ._base import Pass
+from ._masks import release_masks
 from ._pipeline import run_passes
 from .analyze_capacity import AnalyzeCapacity
 from .annotate_operations import AnnotateOperations
@@ -36,5 +37,6 @@ __all__ = [
     "LowerToInteger",
     "Pass",
     "PropagateShapes",
+    "release_masks",
     "run_passes",
 ]

@@ -2,7 +2,8 @@
 
 Activations: the range whose levels, at the target bit-width, give the least mean
 squared error on a sample of the values met. Weights: levels over the whole span of each
-channel.
+channel. The model runs in evaluation, but a BatchNorm that is to be trained from its
+first batch on normalises as it will then.
 
 Inside an opaque module an edge may be reached by no batch, as in an expert that no
 token is routed to. Then the example input places its levels, or else what all edges
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from gdnsq_fx.annotations import KEY, ModelFacts
 from gdnsq_fx.errors import CalibrationError, CalibrationWarning
 from gdnsq_fx.inputs import InputStructure, check_device
 from gdnsq_fx.nested import alike, path_of
@@ -34,6 +36,9 @@ from gdnsq_fx.sites import (
 from gdnsq_fx.state import is_on_meta, preserved_state
 
 from ._base import Pass, check_finite
+from ._batch_statistics import batch_statistics_where_untrained
+from ._masks import release_masks
+from ._skips import check_skips
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +77,13 @@ class Calibrate(Pass):
             )
 
     def rewrite(self, graph_module: GraphModule) -> bool:
-        """Changes quantizer parameters only, never the graph."""
-        self._calibrate_activations(graph_module)
+        """Changes quantizer parameters; the graph only where an edge holds a mask."""
+        masks = self._calibrate_activations(graph_module)
+        if masks:
+            release_masks(graph_module, masks)
+            known = graph_module.meta.get(KEY)
+            if isinstance(known, ModelFacts) and known.config.strict:
+                check_skips(graph_module)
         for site in weight_sites(graph_module):
             weight = site.weight().detach()
             # Extremes pass NaN on, and need no copy of a large weight.
@@ -83,9 +93,10 @@ class Calibrate(Pass):
                     "must be finite before it can be quantized"
                 )
             site.quantizer.open_to(weight, site.quantizer.spec.bits)
-        return False
+        return bool(masks)
 
-    def _calibrate_activations(self, graph_module: GraphModule) -> None:
+    def _calibrate_activations(self, graph_module: GraphModule) -> list[str]:
+        """Place the levels; returns the edges that hold a mask."""
         sites = activation_sites(graph_module)
         with _observing(sites) as observers:
             seen = self._run(graph_module, self.batches)
@@ -95,8 +106,11 @@ class Calibrate(Pass):
                 "used up, or leave it out to calibrate on the example input"
             )
         self._observe_elsewhere(graph_module, sites, observers)
+        masks = [edge for edge, observer in observers.items() if observer.is_mask]
         for site in sites:
-            observers[site.edge].place(site.quantizer)
+            if site.edge not in masks:
+                observers[site.edge].place(site.quantizer)
+        return masks
 
     def _observe_elsewhere(
         self,
@@ -131,7 +145,8 @@ class Calibrate(Pass):
     def _run(self, graph_module: GraphModule, batches: Iterable[Any]) -> int:
         count = 0
         disabled = quantization_disabled(graph_module)
-        with preserved_state(graph_module), disabled, torch.no_grad():
+        own = batch_statistics_where_untrained(graph_module)
+        with preserved_state(graph_module), disabled, torch.no_grad(), own:
             graph_module.eval()
             for count, one in enumerate(batches, start=1):
                 batch = self.inputs.split(one)

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gdnsq_fx.capture.alignment import aligned, plain_numbers
 from gdnsq_fx.capture.child_calls import Arguments
 from gdnsq_fx.capture.self_check import disagreement
-from gdnsq_fx.capture.tracing import Trace, trace
+from gdnsq_fx.capture.trace import Trace
+from gdnsq_fx.capture.tracing import trace
 from gdnsq_fx.errors import CaptureError
 from gdnsq_fx.nested import joined
 from gdnsq_fx.opinfo import OpTable

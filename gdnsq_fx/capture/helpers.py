@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 CONTAINER = "captured_calls"
@@ -85,6 +85,30 @@ class AppliedFunction(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply it."""
         return self.function.apply(*args, **kwargs)
+
+
+class ReplacedBuffer(nn.Module):
+    """Puts a new tensor in the place of a buffer, whatever its shape.
+
+    Args:
+        owner: the module of the model that holds the buffer.
+        name: of the buffer.
+    """
+
+    _is_impure = True  # nothing reads its result, and yet it must run
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner
+        self.name = name
+
+    def extra_repr(self) -> str:
+        """Name of the buffer."""
+        return self.name
+
+    def forward(self, value: Tensor) -> None:
+        """Replace it."""
+        setattr(self.__dict__["owner"], self.name, value)
 
 
 def add_helper(owner: nn.Module, name: str, helper: nn.Module) -> str:

@@ -50,3 +50,13 @@ def in_torch() -> bool:
     while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(_TORCH)
+
+
+def is_ours(frame: FrameType) -> bool:
+    """Whether a frame runs code of the recorder."""
+    return frame.f_code.co_filename.startswith(_OURS)
+
+
+def is_torch(frame: FrameType) -> bool:
+    """Whether a frame runs code of torch."""
+    return frame.f_code.co_filename.startswith(_TORCH)

@@ -22,6 +22,7 @@ from gdnsq_fx.capture.calls import (
     is_tensor_attribute,
     spelled,
 )
+from gdnsq_fx.capture.data_readers import Function, reader_above
 from gdnsq_fx.capture.ledger import Ledger
 from gdnsq_fx.capture.location import calling_line, in_torch
 from gdnsq_fx.capture.opened import OPENED_FUNCTIONS
@@ -75,6 +76,12 @@ class Recorder(TorchFunctionMode):
         root: the model; parameters and buffers of it become ``get_attr`` nodes.
         fake: the mode that makes values fake; None to compute real values.
         constants: further tensors, by name, that an earlier recording met.
+
+    Attributes:
+        specialized: what the graph keeps as it was on the example.
+        readers: paths of modules whose own code reads data.
+        reader_functions: functions that read the data among what is fixed.
+        hidden: a call runs that is one node.
     """
 
     def __init__(
@@ -87,8 +94,10 @@ class Recorder(TorchFunctionMode):
         self.fake = fake
         self.ledger = Ledger(root, fake is not None, constants)
         self.specialized: list[Specialization] = []
-        self.readers: set[str] = set()  # modules whose forward reads data
-        self.hidden = False  # within a call that is one node
+        self.readers: set[str] = set()  # modules whose own code reads data
+        self.reader_functions: list[Function] = []
+        self._from_data: set[Node] = set()  # numbers that hang on what tensors hold
+        self.hidden = False
         self._active = True
 
     # --- what torch calls ------------------------------------------------------------
@@ -191,14 +200,17 @@ class Recorder(TorchFunctionMode):
             self.specialize("data", value)
             return value
         node = self.ledger.scalar_node(*spelled(func, args, kwargs))
-        return self._sizes(value, node)
+        return self._sizes(value, node, read=name in _ITEMS)
 
-    def _sizes(self, value: Any, node: Node) -> Any:
+    def _sizes(self, value: Any, node: Node, read: bool = False) -> Any:
         if not isinstance(value, tuple | list):
             self.ledger.numbers[node] = value
+            if read:
+                self._from_data.add(node)
             return traced(value, node, self)
         items = cast(tuple[Any, ...], value)
-        parts = [self._sizes(v, self.ledger.part(node, i)) for i, v in enumerate(items)]
+        part = self.ledger.part
+        parts = [self._sizes(v, part(node, i), read) for i, v in enumerate(items)]
         return type(items)(parts)
 
     def _data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -210,6 +222,11 @@ class Recorder(TorchFunctionMode):
         if any(self.ledger.knows(leaf) for leaf in tree_leaves((args, kwargs))):
             self.specialize("data", value)
         return value
+
+    def _note_function(self) -> None:
+        function = reader_above()
+        if function is not None:
+            self.reader_functions.append(function)
 
     def _note_reader(self) -> None:
         scopes = list(self.ledger.scopes.values())
@@ -229,25 +246,34 @@ class Recorder(TorchFunctionMode):
         except Untraceable:
             return value
         self.ledger.numbers[node] = value
+        if any(map(self._is_from_data, args)):
+            self._from_data.add(node)
         return traced(value, node, self)
 
     def number(self, function: Callable[..., Any], source: Any, value: Any) -> None:
         """Record the call, though its result will be met as a plain number."""
         if self._active:
             node = self.ledger.scalar_node("call_function", function, (source,), {})
-            self._keep(node, value)
+            self._keep(node, value, source)
 
-    def _keep(self, node: Node, value: Any) -> None:
+    def _keep(self, node: Node, value: Any, source: object = None) -> None:
         self.ledger.numbers[node] = value
-        self.specialize("number", value)
+        self.specialize("number", value, source)
 
-    def specialize(self, kind: str, value: object) -> None:
+    def _is_from_data(self, value: object) -> bool:
+        return getattr(value, "node", None) in self._from_data
+
+    def specialize(self, kind: str, value: object, source: object = None) -> None:
         """Note that the graph keeps a value which the model's own code looked at."""
         if not self._active or in_torch():
             return
+        if self._is_from_data(source):
+            kind = "data"
         text = " ".join(str(value).split())
         short = text if len(text) <= 40 else text[:37] + "..."
         self.specialized.append(Specialization(kind, short, calling_line().short))
+        if kind == "data":
+            self._note_function()
 
     def compute(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -10,7 +10,8 @@ from torch import nn
 
 from gdnsq_fx.capture.child_calls import Arguments
 from gdnsq_fx.capture.data_dependence import called_modules, choosing_modules
-from gdnsq_fx.capture.tracing import Trace, trace
+from gdnsq_fx.capture.trace import Trace
+from gdnsq_fx.capture.tracing import trace
 from gdnsq_fx.errors import CaptureError
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import preserved_modes

@@ -25,8 +25,14 @@ class ScalarRecorder(Protocol):
         """Record a call on numbers; return its value, traced where it is a number."""
         ...
 
-    def specialize(self, kind: str, value: object) -> None:
-        """Note that a value was fixed at the line which runs now."""
+    def specialize(self, kind: str, value: object, source: object = None) -> None:
+        """Note that a value was fixed at the line which runs now.
+
+        Args:
+            kind: see `recorder.Specialization`.
+            value: the value.
+            source: the traced number that was looked at, if it was one.
+        """
         ...
 
     def number(self, function: Callable[..., Any], source: Any, value: Any) -> None:
@@ -120,7 +126,7 @@ def _compared(method: str, base: type) -> Callable[..., Any]:
     def recorded(self: Any, *others: Any) -> Any:
         value = compute(plain(self), *map(plain, others))
         if value is not NotImplemented:
-            self.recorder.specialize("branch", value)
+            self.recorder.specialize("branch", value, self)
         return value
 
     return recorded

@@ -1,71 +1,19 @@
-"""Run a model while a `Recorder` watches, and decide what stays a module."""
-
-# pyright: reportPrivateUsage=false
+"""`trace`: run a model once and write down what it calls."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, cast
-from unittest import mock
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, Node
 
-from gdnsq_fx.capture.entry import Entry
-from gdnsq_fx.capture.helpers import AppliedFunction, add_helper
-from gdnsq_fx.capture.leaves import (
-    has_backward_hooks,
-    is_bare,
-    is_like_input,
-    stays_whole,
-)
-from gdnsq_fx.capture.ledger import Mark, NeedsRealValues
-from gdnsq_fx.capture.recorder import Recorder, Specialization
-from gdnsq_fx.capture.scalars import plain
-from gdnsq_fx.capture.values import Untraceable
+from gdnsq_fx.capture.recorder import Recorder
+from gdnsq_fx.capture.trace import Trace
+from gdnsq_fx.capture.tracer import Tracer
 from gdnsq_fx.opinfo import OpTable
-from gdnsq_fx.state import is_on_meta, preserved_state
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """A recorded graph and what was learnt on the way.
-
-    Attributes:
-        graph: one node for each call.
-        specialized: what the graph keeps as it was on the example.
-        opaque: path of a module that could not be looked into -> why.
-        constants: tensors that are neither parameters nor buffers, by their new name.
-        real: real values were needed.
-        numbers: what each node that stands for a number was on the example.
-        disposable: nodes without effect, to be dropped where nothing reads them.
-        readers: paths of the modules whose own code reads data.
-        training: the mode of the model.
-    """
-
-    graph: Graph
-    specialized: tuple[Specialization, ...]
-    opaque: dict[str, str]
-    constants: dict[str, Tensor]
-    real: bool
-    numbers: dict[Node, Any]
-    disposable: set[Node]
-    readers: frozenset[str]
-    training: bool
-
-    def pruned(self) -> Graph:
-        """The graph without numbers, attributes and parameters that nothing reads."""
-        for node in reversed(self.graph.nodes):
-            idle = node in self.disposable or node.op == "get_attr"
-            if idle and not node.users:
-                self.graph.erase_node(node)
-        return self.graph
+from gdnsq_fx.state import is_on_meta
 
 
 def trace(
@@ -93,236 +41,16 @@ def trace(
     """
     if values != "real" and not is_on_meta(model):
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        tracer = _Tracer(model, Recorder(model, fake, constants), table, kept)
+        tracer = Tracer(model, Recorder(model, fake, constants), table, kept)
         try:
             return tracer.run(args, kwargs)
         except Exception:
             if values == "fake" or not tracer.recorder.ledger.needs_real:
                 raise
-    recorder = Recorder(model, None, constants)
-    return _Tracer(model, recorder, table, kept).run(args, kwargs)
-
-
-class _Tracer:
-    """One recording: the entry, and what happens at each call of a module."""
-
-    def __init__(
-        self,
-        root: nn.Module,
-        recorder: Recorder,
-        table: OpTable,
-        kept: Mapping[str, str],
-    ) -> None:
-        self.root = root
-        self.kept = kept
-        self.recorder = recorder
-        self.table = table
-        self.paths = {id(m): path for path, m in root.named_modules()}
-        self.buffers = dict(root.named_buffers(remove_duplicate=False))
-        self.opaque: dict[str, str] = {}
-        self.call_module = nn.Module.__call__
-        self.apply = inspect.getattr_static(torch.autograd.Function, "apply")
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-        recorder = self.recorder
-        with ExitStack() as stack:
-            stack.enter_context(preserved_state(self.root))
-            torch.manual_seed(0)
-            stack.enter_context(torch.enable_grad())
-            if recorder.fake is not None:
-                stack.enter_context(recorder.fake)
-            entry = Entry(recorder)
-            args, kwargs = entry.bind(self.root.forward, args, kwargs)
-            stack.enter_context(self._watched())
-            stack.enter_context(recorder)
-            output = self.root(*args, **kwargs)
-            self._write_back_buffers()
-            if recorder.ledger.needs_real:
-                raise NeedsRealValues
-            graph = recorder.finish(output)
-        entry.follow_device(graph)
-        return Trace(
-            graph,
-            tuple(dict.fromkeys(recorder.specialized)),
-            self.opaque,
-            recorder.ledger.constants,
-            recorder.fake is None,
-            {node: plain(value) for node, value in recorder.ledger.numbers.items()},
-            recorder.ledger.disposable,
-            frozenset(recorder.readers),
-            self.root.training,
-        )
-
-    # --- modules -----------------------------------------------------------------
-
-    @contextmanager
-    def _watched(self) -> Generator[None]:
-        """Every call of a module or autograd function comes by here meanwhile."""
-        tracer = self
-
-        def call_module(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-            return tracer._module(module, args, kwargs)
-
-        def apply(function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            return tracer._function(function, args, kwargs)
-
-        with (
-            mock.patch.object(nn.Module, "__call__", call_module),
-            mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
-        ):
-            yield
-
-    def _module(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        path = self.paths.get(id(module))
-        if self.recorder.hidden or path is None:  # within a leaf, or made in forward
-            return self.call_module(module, *args, **kwargs)
-        scopes = self.recorder.ledger.scopes
-        key = path
-        while key in scopes:
-            key += "'"
-        scopes[key] = path, type(module)
-        mark = self.recorder.ledger.mark()
-        try:
-            return self._entered(module, path, mark, args, kwargs)
-        finally:
-            scopes.pop(key, None)
-
-    def _entered(
-        self,
-        module: nn.Module,
-        path: str,
-        mark: Mark,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if path and (stays_whole(module) or self._is_layer(module)):
-            return self._whole(module, path, args, kwargs)
-        reason = "has backward hooks" if has_backward_hooks(module) else None
-        reason = self.kept.get(path, reason)
-        if path and reason is not None:
-            self.opaque[path] = reason
-            return self._whole(module, path, args, kwargs)
-        before = self.recorder.ledger.versions((args, kwargs))
-        try:
-            output = self.call_module(module, *args, **kwargs)
-        except Exception as error:
-            if not path or self.recorder.ledger.needs_real:
-                raise
-            return self._opaque(module, path, mark, args, kwargs, error)
-        if path and is_bare(module) and self._can_close(mark, output):
-            return self._closed(path, mark, args, kwargs, output, before)
-        return output
-
-    def _is_layer(self, module: nn.Module) -> bool:
-        """A module of the user's with a row of its own, which says how to open it."""
-        if type(module).__module__.startswith("torch.nn."):
-            return False
-        row = self.table.find_module(module)
-        return row is not None and type(module) in row.modules
-
-    def _whole(
-        self,
-        module: nn.Module,
-        path: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """The call of a module as one node."""
-        recorder = self.recorder
-        before = recorder.ledger.versions((args, kwargs))
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return self.call_module(module, *args, **kwargs)
-
-        if recorder.fake is not None and is_like_input(module) and len(args) == 1:
-            run = torch.empty_like
-        output = recorder.compute(run, args, kwargs)
-        node = recorder.ledger.call_node("call_module", path, args, kwargs)
-        return recorder.ledger.track(output, node, before)
-
-    def _can_close(self, mark: Mark, output: Any) -> bool:
-        """Whether a bare module may be one node: there is nothing to quantize in it."""
-        if not _is_tensors(output):
-            return False
-        for node in self.recorder.ledger.nodes_since(mark):
-            op = None if node.op == "call_module" else self.table.find(node, self.root)
-            if op is not None and op.is_compute:
-                return False
-        return True
-
-    def _closed(
-        self,
-        path: str,
-        mark: Mark,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-        before: dict[int, int],
-    ) -> Any:
-        try:
-            self.recorder.ledger.argument((args, kwargs))
-        except Untraceable:
-            return output
-        self.recorder.ledger.undo(mark)
-        node = self.recorder.ledger.call_node("call_module", path, args, kwargs)
-        return self.recorder.ledger.track(output, node, before)
-
-    def _opaque(
-        self,
-        module: nn.Module,
-        path: str,
-        mark: Mark,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        error: Exception,
-    ) -> Any:
-        """What cannot be looked into stays a module, with the reason."""
-        self.recorder.ledger.undo(mark)
-        try:
-            output = self._whole(module, path, args, kwargs)
-        except Untraceable as why:
-            raise why from error
-        self.opaque[path] = f"{type(error).__name__}: {error}"
-        return output
-
-    def _function(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """A custom autograd function stays one call, so that its backward is kept."""
-        if self.recorder.hidden:
-            return self.apply.__get__(None, function)(*args, **kwargs)
-        recorder = self.recorder
-        before = recorder.ledger.versions((args, kwargs))
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return self.apply.__get__(None, function)(*args, **kwargs)
-
-        output = recorder.compute(run, args, kwargs)
-        name = f"{function.__module__}.{function.__qualname__}"
-        helper = add_helper(self.root, name, AppliedFunction(function))
-        node = recorder.ledger.call_node("call_module", helper, args, kwargs)
-        return recorder.ledger.track(output, node, before)
-
-    # --- buffers -----------------------------------------------------------------
-
-    def _write_back_buffers(self) -> None:
-        """A buffer that forward replaced by a new tensor is written into instead."""
-        for path, module in self.root.named_modules():
-            for name, value in module._buffers.items():
-                full = f"{path}.{name}" if path else name
-                if value is not self.buffers.get(full) and self.recorder.ledger.knows(
-                    value
-                ):
-                    get = self.recorder.ledger.attribute(full)
-                    self.recorder.ledger.call_node(
-                        "call_method", "copy_", (get, value), {}
-                    )
-
-
-def _is_tensors(output: Any) -> bool:
-    if isinstance(output, tuple | list):
-        items = cast(tuple[Any, ...], output)
-        return type(output) in (tuple, list) and all(map(_is_tensors, items))
-    return isinstance(output, Tensor)
+    tracer = Tracer(model, Recorder(model, None, constants), table, kept)
+    recorded = tracer.run(args, kwargs)
+    functions = tracer.recorder.reader_functions
+    if not functions:
+        return recorded
+    recorder = Recorder(model, None, recorded.constants)
+    return Tracer(model, recorder, table, kept, functions).run(args, kwargs)

@@ -35,6 +35,7 @@ class Contents:
         path: the file, for messages.
         config: how the model was quantized.
         folded: BatchNorm was folded before quantizers were inserted.
+        masks: edges that lost their quantizers in calibration.
         max_codes: largest code of each activation edge, by its ``quantizers.`` path.
         tensors: state of the integer graph.
         opaque: path of each module that stayed one -> why; with other weights, other
@@ -44,6 +45,7 @@ class Contents:
     path: str
     config: QuantConfig
     folded: bool
+    masks: tuple[str, ...]
     max_codes: dict[str, int]
     tensors: dict[str, Tensor]
     opaque: dict[str, str]
@@ -64,6 +66,7 @@ def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
     description = {
         "config": facts.config.to_dict(),
         "folded": facts.folded,
+        "masks": list(facts.masks),
         "max_codes": _max_codes(imodel),
         "opaque": dict(capture_facts(imodel).opaque),
     }
@@ -86,6 +89,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
             path=str(Path(path)),
             config=QuantConfig.from_dict(config),
             folded=found.description["folded"] is True,
+            masks=_names(found.description.get("masks", [])),
             max_codes={str(k): int(v) for k, v in max_codes.items()},
             tensors=dict(found.tensors),
             opaque={str(k): str(v) for k, v in opaque.items()},
@@ -95,6 +99,12 @@ def read(path: str | os.PathLike[str]) -> Contents:
             f"{path} does not describe a converted model ({error}); write it again "
             "with gdnsq_fx.save"
         ) from error
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError("masks is no list")
+    return tuple(map(str, cast(list[Any], value)))
 
 
 @torch.no_grad()

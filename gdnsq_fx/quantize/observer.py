@@ -16,6 +16,9 @@ SAMPLE_SIZE = 1 << 16
 CANDIDATES = 64
 # Of a range that is searched; see `Observer._best_shrink`.
 MOST_BITS = 12
+# Products of such values overflow, so that only what is never multiplied with its like
+# holds them: a mask.
+MASK_LIMIT = math.sqrt(torch.finfo(torch.float32).max)
 
 
 class Observer:
@@ -24,10 +27,15 @@ class Observer:
     Memory is bounded: half of the sample is dropped whenever it would exceed its size.
     What is kept is drawn at random (an even stride would see the same channels each
     time), from a generator of its own.
+
+    Attributes:
+        low, high: extremes of what was seen, masks aside.
+        is_mask: some of it was beyond ``MASK_LIMIT``, or minus infinity.
     """
 
     def __init__(self, edge: str) -> None:
         self.edge = edge
+        self.is_mask = False
         self.low = math.inf
         self.high = -math.inf
         self._share = 1.0
@@ -58,17 +66,20 @@ class Observer:
         """Take note of a tensor of any shape.
 
         Raises:
-            CalibrationError: it holds NaN or infinite values.
+            CalibrationError: it holds NaN, or plus infinity: something overflowed.
         """
         if values.numel() == 0:
             return
         flat = values.detach().reshape(-1).float()
         low, high = (float(v) for v in torch.aminmax(flat))
-        if not (math.isfinite(low) and math.isfinite(high)):
+        if not low < math.inf or not high < math.inf:
             raise CalibrationError(
                 f"NaN or infinite values reach {self.edge} in calibration although the "
                 "inputs are finite; check the weights and the layers before it"
             )
+        if max(-low, high) > MASK_LIMIT:
+            self.is_mask = True
+            return
         self.low, self.high = min(self.low, low), max(self.high, high)
         # Halved before drawing: a large activation is never drawn from as a whole.
         while self._sample.numel() + flat.numel() * self._share > SAMPLE_SIZE:

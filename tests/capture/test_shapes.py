@@ -106,6 +106,7 @@ _SEQUENCES: dict[str, Callable[..., Any]] = {
     "logarithm": lambda m, x: x * math.log(x.shape[1] + 1),
     "floor": lambda m, x: x * math.floor(x.shape[1] / 2.0),
     "min and max": lambda m, x: x[:, : min(x.shape[1], 16)] * max(x.shape[1], 2),
+    "either of two": lambda m, x: x[:, : min(4, x.size(1))] * max([len(x), 3.0]),
     "product": lambda m, x: x.reshape(math.prod(x.shape[:2]), x.shape[-1]),
     "numel": lambda m, x: x.reshape(x.numel() // x.size(-1), -1),
     "shape and more": lambda m, x: x.reshape(*x.shape[:-1], 2, 2).sum(-1),
@@ -117,6 +118,11 @@ _SEQUENCES: dict[str, Callable[..., Any]] = {
     "size in a tensor": lambda m, x: x * torch.full((1,), 0.5 * x.size(1)),
     "size as a number": lambda m, x: torch.add(x, x.shape[1], alpha=2),
     "unflatten": lambda m, x: x.flatten(0, 1).unflatten(0, (x.size(0), x.size(1))),
+    "rows in a list": lambda m, x: torch.cat([torch.stack(list(x)), x]) * x.size(0),
+    "rows along time": lambda m, x: torch.cat(x.unbind(1), dim=0) / len(x[0]),
+    "chunks in a list": lambda m, x: (
+        torch.stack([*x.split(1, dim=1)], 1) * x[:, -1:, None]
+    ),
     "numbers returned": lambda m, x: (x, x.shape[1] * 2, x.size(0)),
     "shape returned": lambda m, x: (x, x.shape),
     "text": lambda m, x: {f"of {x.ndim}": x},

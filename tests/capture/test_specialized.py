@@ -29,7 +29,7 @@ _FIXED: dict[str, Callable[..., Any]] = {
     "list": lambda m, x: x + torch.tensor([1.0 * i for i in range(x.size(1))])[:, None],
     "number of elements": lambda m, x: x.reshape(-1, x.shape[1:].numel()),
     "branch": lambda m, x: x if x.shape[1] > 4 else x * 2.0,
-    "smaller": lambda m, x: x[:, : min(x.shape[1], 4)],
+    "smaller one": lambda m, x: x[:, : sorted([x.shape[1], 4])[0]],
     "set": lambda m, x: x if x.shape[1] in {3, 6} else x * 2.0,
 }
 

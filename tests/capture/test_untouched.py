@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -197,6 +199,33 @@ def test_a_buffer_that_forward_replaces(same: Any) -> None:
     before = captured.get_buffer("mean").clone()
     captured(_X)
     assert not torch.equal(captured.get_buffer("mean"), before)
+
+
+class _Lazy(nn.Module):
+    """As ConViT caches the distances between patches: of its first size until then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1, 3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[1] != x.shape[1]:
+            self.table = torch.arange(x.shape[1]).float()[None]
+        return x * self.table
+
+
+def test_a_buffer_that_forward_replaces_by_one_of_another_shape(same: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), _Lazy())
+    captured = same(model, _X, others=((torch.randn(5, 4),),))
+    assert captured.get_buffer("1.table").shape == (1, 4)
+
+
+def test_it_is_replaced_in_the_copy_that_runs() -> None:
+    captured = capture(nn.Sequential(nn.Linear(4, 4), _Lazy()), (_X,), {})
+    for twin in (copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
+        twin(_X)
+        assert twin.get_buffer("1.table").shape == (1, 4)
+        assert captured.get_buffer("1.table").shape == (1, 3)
 
 
 def test_a_buffer_that_forward_writes_into(same: Any) -> None:

@@ -102,6 +102,22 @@ def test_the_number_of_selected_rows_may_differ(same: Any) -> None:
     same(_Apply(selected), torch.randn(6, 4), others=others)
 
 
+def test_lengths_of_selections_are_no_constants(same: Any) -> None:
+    """As a detector samples proposals: split sizes and quotas depend on data."""
+
+    def sampled(m: Any, x: Tensor) -> Any:
+        some, rest = x[x[:, 0] > 0], x[x[:, 0] <= 0]
+        quota = min(len(some), 2)
+        left = m.fc(torch.cat([some[:quota], rest]))
+        parts = left.split([quota, len(rest)])
+        return *parts, max(some.numel(), 5) - quota
+
+    x = torch.tensor([[1.0], [2.0], [3.0], [-1.0]]).expand(4, 4)
+    others = ((-x,), (torch.cat([x, x]),), (x.abs(),), (-x.abs(),))
+    captured = same(_Apply(sampled), x, others=others)
+    assert not captured.facts.specialized
+
+
 # --- iteration and unpacking ------------------------------------------------------
 
 _ITERATES: dict[str, Callable[..., Any]] = {

@@ -203,3 +203,52 @@ def test_a_large_calibration_set_needs_bounded_memory(inserted) -> None:
     batches = (torch.full((20_000, 4), float(i)) for i in range(8))
     Calibrate(batches, InputStructure.of(torch.randn(8, 4)))(module)
     assert activation_sites(module)[0].quantizer.observed.tolist() == [0.0, 7.0]
+
+
+class _Deep(nn.Module):
+    """Without statistics its values grow a hundredfold from layer to layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(6))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(6))
+        for conv in self.convs:
+            nn.init.normal_(conv.weight, std=40.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x))
+        return x
+
+
+_FEATURES = torch.randn(4, 8, 5, 5)
+
+
+def _largest(module: GraphModule) -> float:
+    return max(float(s.quantizer.observed[1]) for s in activation_sites(module))
+
+
+def test_a_model_without_statistics_is_calibrated_as_it_will_train(inserted) -> None:
+    module = inserted(_Deep(), _FEATURES)
+    before = {name: b.clone() for name, b in module.named_buffers() if "norm" in name}
+    Calibrate([_FEATURES], InputStructure.of(_FEATURES))(module)
+    assert _largest(module) < 10.0
+    after = dict(module.named_buffers())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    module.train()(_FEATURES).square().mean().backward()
+    gradient = module.get_parameter("convs.0.weight").grad
+    assert gradient is not None and bool(gradient.any())
+
+
+@pytest.mark.parametrize("why", ["evaluation", "trained", "one value a channel"])
+def test_other_statistics_are_the_models_own(inserted, why: str) -> None:
+    x = _FEATURES[:1, :, :1, :1] if why == "one value a channel" else _FEATURES
+    model = _Deep()
+    if why == "trained":
+        for norm in model.norms:
+            norm.running_mean.add_(1e-3)
+    if why == "evaluation":
+        model.eval()
+    module = inserted(model, x)
+    Calibrate([x], InputStructure.of(x))(module)
+    assert _largest(module) > 1e6

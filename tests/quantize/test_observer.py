@@ -120,10 +120,18 @@ def test_range_fits_all_features_of_a_long_stream() -> None:
     assert _error(quantizer, every) < 1.2 * _error(few, every)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_not_finite_values_are_an_error_that_names_the_edge(bad: float) -> None:
-    with pytest.raises(CalibrationError, match=r"layer\.input"):
-        _observer(torch.tensor([1.0, bad]))
+    for others in (1.0, -math.inf):
+        with pytest.raises(CalibrationError, match=r"layer\.input"):
+            _observer(torch.tensor([others, bad]))
+
+
+@pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min])
+def test_a_mask_is_noted_and_leaves_the_range_alone(lowest: float) -> None:
+    observer = _observer(torch.tensor([-1.0, 2.0]), torch.tensor([0.0, lowest]))
+    assert observer.is_mask
+    assert (observer.low, observer.high) == (-1.0, 2.0)
 
 
 def test_nothing_seen_is_an_error_that_names_the_edge() -> None:
