@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from gdnsq_fx.analysis.coverage import Coverage, Totals, coverage_of, totals_of
 from gdnsq_fx.analysis.cuts import MinimumCut, capacity_graph, minimum_cut
 from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
 from gdnsq_fx.analysis.html import html_page
+from gdnsq_fx.analysis.profile import Position, capacity_profile
+from gdnsq_fx.analysis.relative_cut import relative_cut
+from gdnsq_fx.analysis.slack import slack_of
 from gdnsq_fx.analysis.text import report_text
 from gdnsq_fx.annotations import EdgeFacts, facts
 from gdnsq_fx.errors import PassError
@@ -30,13 +34,26 @@ class CapacityReport:
     Attributes:
         edges: sorted by predicted divergence, worst first.
         cut: the minimum cut, None where no path leads from an input to the output.
+        relative_cut: the clean cut that keeps the smallest share of floating point.
     """
 
     edges: tuple[EdgeReport, ...]
     cut: MinimumCut | None
+    relative_cut: MinimumCut | None
     totals: Totals
     coverage: Coverage
     graph: nx.DiGraph[str] = field(repr=False, compare=False)
+
+    @cached_property
+    def profile(self) -> tuple[Position, ...]:
+        """What crosses the network at each position along its depth."""
+        return capacity_profile(self.graph)
+
+    @cached_property
+    def slack(self) -> dict[str, float]:
+        """Bits per sample that each activation edge could lose before it becomes part
+        of the minimum cut, by name; 0 in the cut. Weights do not flow and have none."""
+        return slack_of(self.graph)
 
     def __str__(self) -> str:
         return self.to_text()
@@ -87,6 +104,7 @@ def build_report(graph_module: GraphModule) -> CapacityReport:
             for rank, (site, edge) in enumerate(measured)
         ),
         cut=minimum_cut(graph),
+        relative_cut=relative_cut(graph),
         totals=totals_of(graph_module),
         coverage=coverage_of(graph_module),
         graph=graph,
