@@ -49,8 +49,8 @@ def capacity_graph(graph_module: GraphModule) -> nx.DiGraph[str]:
     """Values that flow from the inputs to the output, as a directed graph.
 
     Nodes carry ``label`` (edge or layer name), ``operation`` (its name in the op
-    table), ``weights`` (names of the weight edges it reads), ``bits`` and
-    ``float_bits`` per sample, and ``quantized``; edges carry ``capacity``, the bits of
+    table), ``macs`` and ``bits`` and ``float_bits`` per sample, ``weights`` (names of
+    the weight edges it reads), and ``quantized``; edges carry ``capacity``, the bits of
     their producer. Nodes stand in topological order.
     """
     graph: nx.DiGraph[str] = nx.DiGraph()
@@ -144,6 +144,7 @@ def _bits(node: Node, share: float) -> dict[str, Any]:
     return {
         "label": found.layer or node.name,
         "operation": found.op.name if found.op is not None else "",
+        "macs": found.macs,
         "bits": share * found.edge.capacity if found.edge is not None else float_bits,
         "float_bits": float_bits,
         "quantized": quantized,
