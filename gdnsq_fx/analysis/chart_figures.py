@@ -31,7 +31,7 @@ def profile_figure(profile: Sequence[Position]) -> Any:
         for p in profile
     ]
     line: dict[str, Any] = {"x": places, "mode": "lines", "hovertext": text}
-    area = {"fill": "tozeroy", "hoverinfo": "skip", "line": _line(FAINT, 1)}
+    area = {"fill": "tozeroy", "hoverinfo": "skip", "line": _line(FAINT, 2)}
     shown = {"hoverinfo": "text", "line": _line(CUT[1], 2)}
     floats, bits = [p.float_bits for p in profile], [p.bits for p in profile]
     add = figure.add_trace
@@ -46,7 +46,7 @@ def profile_figure(profile: Sequence[Position]) -> Any:
 
 
 def dynamics_figure(tracker: CapacityTracker) -> Any:
-    """Loss and metric above; below the capacity of each edge, latest to yield on top."""
+    """Loss and metric above, the capacity of each edge below, the latest on top."""
     subplots = required("plotly.subplots", _WHAT)
     plotly = required("plotly.graph_objects", _WHAT)
     records, met = tracker.records, tracker.first_met
@@ -56,13 +56,10 @@ def dynamics_figure(tracker: CapacityTracker) -> Any:
         rows=2, cols=1, shared_xaxes=True, vertical_spacing=20 / (lower + 300),
         row_heights=[200, lower], specs=[[{"secondary_y": True}], [{}]],
     )  # fmt: skip
-    loss = {"x": steps, "y": [r.loss for r in records], "name": "loss"}
-    figure.add_trace(
-        plotly.Scatter(**loss, mode="lines", line=_line(CUT[1], 1.5)), 1, 1
-    )
-    metrics = [r for r in records if r.metric is not None]
-    if metrics:
-        metric = {"x": [r.step for r in metrics], "y": [r.metric for r in metrics]}
+    loss = {"x": steps, "y": [r.loss for r in records], "line": _line(CUT[1], 1.5)}
+    figure.add_trace(plotly.Scatter(**loss, name="loss", mode="lines"), 1, 1)
+    if tracker.metrics:
+        metric = {"x": [*tracker.metrics], "y": [*tracker.metrics.values()]}
         marks = plotly.Scatter(**metric, name="metric", line=_line(INK, 1.5))
         figure.add_trace(marks, 1, 1, secondary_y=True)
         figure.update_yaxes(title="metric", secondary_y=True, showgrid=False)
@@ -85,12 +82,14 @@ def dynamics_figure(tracker: CapacityTracker) -> Any:
 
 def _heatmap(tracker: CapacityTracker, height: int) -> dict[str, Any]:
     records, edges = tracker.records, list(tracker.first_met)
+    widest = max((b for r in records for b in r.capacity.values()), default=0.0)
     return {
         "x": [r.step for r in records],
         "y": [escape(edge) for edge in edges],
         "z": [[r.capacity.get(e) for r in records] for e in edges],
         "colorscale": "Viridis",
         "zmin": 0.0,
+        "zmax": widest,
         "colorbar": {
             "title": {"text": "bits per element", "side": "right"},
             "thickness": 12, "outlinewidth": 0, "len": height / (height + 220),

@@ -32,13 +32,11 @@ class CapacityRecord:
         step: optimizer step, from 0.
         loss: loss without the penalty.
         capacity: of every edge, bits per element (mean over scale groups).
-        metric: what ``validate`` returned, None where it was not called.
     """
 
     step: int
     loss: float
     capacity: dict[str, float]
-    metric: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,17 @@ class CapacityTracker:
         self._records: list[CapacityRecord] = []
         self._targets: dict[str, int] = {}
         self._met: dict[str, int] = {}
+        self._metrics: dict[int, float] = {}
 
     @property
     def records(self) -> tuple[CapacityRecord, ...]:
         """What was recorded, in order of steps."""
         return tuple(self._records)
+
+    @property
+    def metrics(self) -> dict[int, float]:
+        """What ``validate`` returned, by step."""
+        return dict(self._metrics)
 
     @property
     def targets(self) -> dict[str, int]:
@@ -102,24 +106,25 @@ class CapacityTracker:
         self._records = []
         self._targets = dict(targets)
         self._met = {}
+        self._metrics = {}
 
     def is_due(self, step: int) -> bool:
         """Whether this step is to be recorded."""
         return step % self._stride == 0
 
-    def observe(
-        self,
-        graph_module: GraphModule,
-        step: int,
-        loss: float,
-        metric: float | None = None,
-    ) -> None:
+    def note_metric(self, step: int, metric: float) -> None:
+        """Record what ``validate`` returned after a step."""
+        self._metrics[step] = metric
+        if len(self._metrics) > self._max_records:
+            self._metrics = dict(list(self._metrics.items())[::2])
+
+    def observe(self, graph_module: GraphModule, step: int, loss: float) -> None:
         """Record a step; the model is only read."""
         for edge, bits in hard_bits(graph_module).items():
             if bits <= self._targets.get(edge, 0):
                 self._met.setdefault(edge, step)
         capacity = capacities(graph_module)
-        self._records.append(CapacityRecord(step, loss, capacity, metric))
+        self._records.append(CapacityRecord(step, loss, capacity))
         if len(self._records) > self._max_records:
             newest = self._records.pop()
             self._records = [*self._records[::2], newest]
@@ -153,6 +158,7 @@ class CapacityTracker:
         """Everything, JSON-able."""
         return {
             "records": [asdict(r) for r in self._records],
+            "metrics": self.metrics,
             "target_bits": self.targets,
             "first_met": self.first_met,
             "loss_rises": [asdict(rise) for rise in self.loss_rises],

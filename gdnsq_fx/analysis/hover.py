@@ -15,10 +15,13 @@ LABEL = 14  # characters of a line
 
 
 def label_of(data: Mapping[str, Any]) -> str:
-    """Layer over its block, each shortened."""
-    block, _, layer = str(data["label"]).rpartition(".")
-    lines = [shortened(part, LABEL) for part in (block, layer) if part]
-    return "<br>".join(escape(line) for line in lines)
+    """The name on two lines, broken at the dot that keeps both short."""
+    parts = str(data["label"]).split(".")
+    breaks = [
+        [".".join(parts[:n]), ".".join(parts[n:])] for n in range(1, len(parts))
+    ] or [parts]
+    lines = min(breaks, key=lambda pair: max(len(line) for line in pair))
+    return "<br>".join(escape(shortened(line, LABEL)) for line in lines)
 
 
 def hover_of(

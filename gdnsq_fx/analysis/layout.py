@@ -1,4 +1,4 @@
-"""Where the nodes of a drawing stand: in layers, folded into rows like lines of text."""
+"""Where the nodes of a drawing stand: in layers, folded into rows as text is."""
 
 from __future__ import annotations
 

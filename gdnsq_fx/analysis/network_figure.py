@@ -152,10 +152,11 @@ def _scatter(points: Sequence[Point], marker: dict[str, Any]) -> dict[str, Any]:
 
 def _marker(kind: str, shares: list[list[float]]) -> dict[str, Any]:
     heat = [log10(max(sum(s), LEAST_SHARE)) if s else None for s in shares]
+    plain = INK if kind == END else FAINT  # of an open circle it is the outline
     marker: dict[str, Any] = {
         "symbol": _SYMBOLS[kind],
         "size": _SIZES[kind],
-        "color": [FAINT if h is None else _colour(h) for h in heat],
+        "color": [plain if h is None else _colour(h) for h in heat],
         "line": {"color": INK, "width": 1},
         "opacity": 1,
     }
@@ -171,7 +172,10 @@ def _marker(kind: str, shares: list[list[float]]) -> dict[str, Any]:
                 "tickvals": list(ticks),
                 "ticktext": [f"{100 * 10.0**t:g}%" for t in ticks],
                 "thickness": 12,
-                "len": 1.0,
+                "lenmode": "pixels",
+                "len": 220,
+                "y": 1.0,
+                "yanchor": "top",
                 "outlinewidth": 0,
             },
         }

@@ -64,10 +64,10 @@ def dynamics_plot(tracker: CapacityTracker) -> Any:
     upper.set_ylabel("loss", color=CUT[1])
     for rise in tracker.loss_rises:
         upper.axvspan(rise.first_step, rise.last_step, color=HEAT[1][1], lw=0)
-    metrics = [(r.step, r.metric) for r in records if r.metric is not None]
-    if metrics:
+    if tracker.metrics:
         right = upper.twinx()
-        right.plot(*zip(*metrics, strict=True), "o-", color=INK, ms=3, lw=1)
+        metrics = ([*tracker.metrics], [*tracker.metrics.values()])
+        right.plot(*metrics, "o-", color=INK, ms=3, lw=1)
         right.set_ylabel("metric")
     values = [[r.capacity.get(edge, 0.0) for r in records] for edge in edges]
     mesh = lower.pcolormesh(

@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 from torch.fx import GraphModule
 
+from gdnsq_fx.analysis.bars import printable, prints_colour
 from gdnsq_fx.analysis.coverage import Coverage, Totals, coverage_of, totals_of
 from gdnsq_fx.analysis.cuts import MinimumCut, capacity_graph, minimum_cut
 from gdnsq_fx.analysis.diff import ReportDiff, difference
@@ -61,11 +62,17 @@ class CapacityReport:
         return slack_of(self.graph)
 
     def __str__(self) -> str:
-        return self.to_text()
+        return printable(self.to_text(colour=prints_colour()))
 
-    def to_text(self, limit: int | None = 40) -> str:
-        """The report as plain text, the worst ``limit`` edges (None: all)."""
-        return report_text(self._findings(), limit)
+    def to_text(self, limit: int | None = 40, *, colour: bool = False) -> str:
+        """The report as plain text of at most 100 columns.
+
+        Args:
+            limit: show the worst so many edges (None: all).
+            colour: with ANSI colours; ``print(report)`` has them on a terminal unless
+                ``NO_COLOR`` is set.
+        """
+        return report_text(self._findings(), limit, colour)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the graph, JSON-able."""

@@ -7,33 +7,45 @@ from textwrap import wrap
 
 from tabulate import SEPARATING_LINE, tabulate
 
+from gdnsq_fx.analysis.bars import LEAST_BAR, with_bars
+from gdnsq_fx.analysis.cuts import MinimumCut
 from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
 
 WIDTH = 100
 MARK = "<<"
+SHOWN_VALUES = 6  # of a cut
 _HEADERS = ("edge", "op", "shape", "bits", "capacity", "entropy", "used", "SQNR")
 _LEFT = 3  # edge, op and shape are text; the rest are numbers
 
 
-def report_text(report: Findings, limit: int | None) -> str:
-    """Table of edges, then cut, totals, coverage and skipped nodes."""
+def report_text(report: Findings, limit: int | None, colour: bool = False) -> str:
+    """Table of edges, then cuts, totals, coverage and skipped nodes.
+
+    Args:
+        limit: show this many of the worst edges (None: all).
+        colour: with ANSI colours, for a terminal.
+    """
     shown = report.edges[:limit]
     hidden = len(report.edges) - len(shown)
     more = [f"... and {hidden} more edges (to_text(limit=None))"] if hidden else []
-    return "\n".join([_table(shown), *more, "", *_summary(report), *_skipped(report)])
+    return "\n".join(
+        [_table(shown, colour), *more, "", *_summary(report), *_skipped(report)]
+    )
 
 
-def _table(edges: Sequence[EdgeReport]) -> str:
-    """The table, names shortened until it fits."""
+def _table(edges: Sequence[EdgeReport], colour: bool) -> str:
+    """The table, names shortened until it fits, then a bar for each edge."""
     measured = any(e.measured_divergence is not None for e in edges)
     divergences = ["predicted", "measured"] if measured else ["divergence"]
     headers = [*_HEADERS, *divergences, ""]
     rows = [cells_of(edge, measured) for edge in edges]
     for name in range(40, 12, -1):
         table = _drawn(headers, rows, (name, 16, 10))
-        if max(len(line) for line in table) <= WIDTH:
-            return "\n".join(table)
-    return "\n".join(_drawn(headers, rows, (8, 11, 8)))
+        if max(len(line) for line in table) <= WIDTH - LEAST_BAR - 1:
+            break
+    else:
+        table = _drawn(headers, rows, (8, 11, 8))
+    return "\n".join(with_bars(table, edges, WIDTH, colour))
 
 
 def _drawn(
@@ -115,17 +127,9 @@ def _summary(report: Findings) -> list[str]:
         f"{MARK} marks the fewest edges that make up half.",
         "",
     ]
-    if cut is not None:
-        lines += [
-            f"minimum cut  {quantity(cut.bits, 'bit')} per sample, "
-            f"{100 * cut.share:.1f}% of what floating point sends across it:",
-            *(f"             {shortened(n, WIDTH - 13)}" for n in cut.values[:6]),
-            *(
-                [f"             ... {len(cut.values) - 6} more"]
-                if cut.values[6:]
-                else []
-            ),
-        ]
+    lines += _cut_lines("minimum cut", cut)
+    if report.relative_cut != cut:
+        lines += _cut_lines("least share", report.relative_cut)
     ratio = totals.float_size_bytes / max(totals.size_bytes, 1)
     cheaper = totals.float_bops / max(totals.bops, 1)
     return [
@@ -136,6 +140,19 @@ def _summary(report: Findings) -> list[str]:
         f"than 32-bit), {quantity(totals.macs, 'MAC')}",
         f"coverage     {100 * coverage.macs:.1f}% of MACs, "
         f"{100 * coverage.weights:.1f}% of weights quantized",
+    ]
+
+
+def _cut_lines(name: str, cut: MinimumCut | None) -> list[str]:
+    if cut is None:
+        return []
+    more = len(cut.values) - SHOWN_VALUES
+    shown = [shortened(name, WIDTH - 13) for name in cut.values[:SHOWN_VALUES]]
+    return [
+        f"{name}  {quantity(cut.bits, 'bit')} per sample, "
+        f"{100 * cut.share:.1f}% of what floating point sends across it:",
+        *(f"             {value}" for value in shown),
+        *([f"             ... {more} more"] if more > 0 else []),
     ]
 
 

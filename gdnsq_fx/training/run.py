@@ -96,12 +96,13 @@ class Run:
         return shown if metric is None else {**shown, "metric": f"{metric:.4g}"}
 
     def track(self, step: int, loss: Tensor, metric: float | None) -> None:
-        """Show a step that is due, validated or the last one to the tracker."""
+        """Show a step that is due, or the last one, and any metric to the tracker."""
         if self.tracker is None:
             return
-        last = step + 1 == self.schedule.steps
-        if self.tracker.is_due(step) or metric is not None or last:
-            self.tracker.observe(self.qmodel, step, float(loss), metric)
+        if metric is not None:
+            self.tracker.note_metric(step, metric)
+        if self.tracker.is_due(step) or step + 1 == self.schedule.steps:
+            self.tracker.observe(self.qmodel, step, float(loss))
 
     def undo_if_untrained(self) -> None:
         """Where not one step was taken, put back the quantizers that were opened."""
