@@ -85,6 +85,8 @@ def page(
     path = tmp_path_factory.mktemp("page") / "report.html"
     found, tracker = report
     found.to_html(path, history=tracker)
+    browser.get("about:blank")
+    browser.get_log("performance")  # what the browser's own first page asked for
     browser.get(path.as_uri())
     return browser
 
