@@ -102,6 +102,7 @@ class Run:
         if metric is not None:
             self.tracker.note_metric(step, metric)
         if self.tracker.is_due(step) or step + 1 == self.schedule.steps:
+            self.check_finite(step + 1)  # NaN has no bit-width
             self.tracker.observe(self.qmodel, step, float(loss))
 
     def undo_if_untrained(self) -> None:
