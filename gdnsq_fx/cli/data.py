@@ -63,7 +63,7 @@ def _read_images(folder: Path, shape: Sequence[int], count: int, seed: int) -> T
             f"no images in {folder} (looked for {' '.join(sorted(IMAGES))})"
         )
     chosen = random.Random(seed).sample(paths, min(count, len(paths)))
-    pillow = required("PIL.Image", "--data with a folder of images", "demo")
+    pillow = required("PIL.Image", "--data with a folder of images", "gdnsq-fx[demo]")
     return torch.stack([_image(pillow, path, shape) for path in chosen])
 
 
@@ -114,6 +114,6 @@ def _as_input(array: Any, path: Path) -> Tensor:
     if array.dtype.kind in "iu" and array.dtype.itemsize > 1:
         return torch.from_numpy(array.astype("int64"))
     raise ConfigError(
-        f"the array in {path} holds {array.dtype}; save floats, scaled and normalized as "
-        "the model expects them, or int64 for tokens"
+        f"the array in {path} holds {array.dtype}; save floats, scaled and normalized "
+        "as the model expects them, or int64 for tokens"
     )

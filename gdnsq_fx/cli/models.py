@@ -46,7 +46,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Read a safetensors file into a model; keys and shapes must be the model's.
 
     Raises:
-        FileFormatError: not a safetensors file, or one of another model; names the keys.
+        FileFormatError: not a safetensors file, or one of another model.
         FileNotFoundError: there is no file.
     """
     try:
@@ -67,7 +67,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _from_torchvision(name: str) -> nn.Module:
-    models = required("torchvision.models", f"torchvision:{name}", "demo")
+    models = required("torchvision.models", f"torchvision:{name}", "torchvision")
     _check_name("torchvision", name, models.list_models())
     # The backbones of segmentation models and detectors are downloaded by default.
     parameters = inspect.signature(models.get_model_builder(name)).parameters
@@ -76,7 +76,7 @@ def _from_torchvision(name: str) -> nn.Module:
 
 
 def _from_timm(name: str) -> nn.Module:
-    timm = required("timm", f"timm:{name}", "test")
+    timm = required("timm", f"timm:{name}", "timm")
     _check_name("timm", name.partition(".")[0], timm.list_models())
     return timm.create_model(name, pretrained=False)
 
@@ -103,8 +103,8 @@ def _called(source: str, name: str) -> Any:
             target = getattr(target, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"cannot find {source}:{name} ({error}); name a module that can be imported "
-            "from here, a colon, and a function in it that returns the model"
+            f"cannot find {source}:{name} ({error}); name a module that can be "
+            "imported from here, a colon, and a function in it that returns the model"
         ) from error
     if not callable(target):
         raise ConfigError(f"{source}:{name} is {type(target).__name__}, not a function")
