@@ -55,7 +55,7 @@ def layered_layout(graph: nx.DiGraph[str]) -> Layout:
         ]
         for tail, head in graph.edges
     }
-    places = dict[Stop, int](layer)
+    places: dict[Stop, int] = {**layer}
     places |= {s: s[2] for run in stops.values() for s in run if isinstance(s, tuple)}
     lanes = _lanes(places, stops.values())
     tops, height = _row_tops(places, lanes, columns, rows)
