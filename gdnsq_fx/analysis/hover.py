@@ -15,12 +15,13 @@ LABEL = 14  # characters of a line
 
 
 def label_of(data: Mapping[str, Any]) -> str:
-    """The name on two lines, broken at the dot that keeps both short."""
+    """The name on two lines, broken at its last dot that keeps both short."""
     parts = str(data["label"]).split(".")
     breaks = [
         [".".join(parts[:n]), ".".join(parts[n:])] for n in range(1, len(parts))
     ] or [parts]
-    lines = min(breaks, key=lambda pair: max(len(line) for line in pair))
+    fitting = [pair for pair in breaks if max(map(len, pair)) <= LABEL]
+    lines = (fitting or [min(breaks, key=lambda pair: max(map(len, pair)))])[-1]
     return "<br>".join(escape(shortened(line, LABEL)) for line in lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
+from math import ceil, inf
 
 import networkx as nx
 
@@ -14,7 +14,8 @@ from gdnsq_fx.analysis.extras import required
 MAX_COLUMNS = 26  # layers in a row: some 45 pixels each on a page
 ROW_GAP = 1.7  # in lanes, for the labels below a row
 Point = tuple[float, float]
-Stop = str | tuple[str, str, int]  # a node, or where a long edge passes a layer
+# A node, or where its value passes a layer on the way to readers further on.
+Stop = str | tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,15 @@ def layered_layout(graph: nx.DiGraph[str]) -> Layout:
     stops = {
         (tail, head): [
             tail,
-            *((tail, head, n) for n in range(layer[tail] + 1, layer[head])),
+            *((tail, n) for n in range(layer[tail] + 1, layer[head])),
             head,
         ]
         for tail, head in graph.edges
     }
     places: dict[Stop, int] = {**layer}
-    places |= {s: s[2] for run in stops.values() for s in run if isinstance(s, tuple)}
+    places |= {s: s[1] for run in stops.values() for s in run if isinstance(s, tuple)}
     lanes = _lanes(places, stops.values())
-    tops, height = _row_tops(places, lanes, columns, rows)
-    points: dict[Stop, Point] = {
-        stop: (float(place % columns), lanes[stop] + tops[place // columns])
-        for stop, place in places.items()
-    }
+    points, height = _folded(places, lanes, columns, rows)
     return Layout(
         {name: points[name] for name in graph},
         {edge: _pieces([points[s] for s in run]) for edge, run in stops.items()},
@@ -78,22 +75,49 @@ def _lanes(
     igraph = required("igraph", "the drawing of the network")
     number = {stop: n for n, stop in enumerate(places)}
     drawn = igraph.Graph(len(number), directed=True)
-    drawn.add_edges([(number[a], number[b]) for run in runs for a, b in pairwise(run)])
+    drawn.add_edges(
+        list({(number[a], number[b]) for run in runs for a, b in pairwise(run)})
+    )
     laid_out = drawn.layout_sugiyama(layers=list(places.values()))
-    return {stop: float(laid_out[n][0]) for stop, n in number.items()}
+    return _spread(places, {stop: float(laid_out[n][0]) for stop, n in number.items()})
 
 
-def _row_tops(
+def _spread(
+    places: Mapping[Stop, int], lanes: Mapping[Stop, float]
+) -> dict[Stop, float]:
+    """At least one lane between the stops of a layer: igraph may leave half of one."""
+    spread: dict[Stop, float] = {}
+    lowest: dict[int, float] = {}
+    for stop in sorted(lanes, key=lanes.__getitem__):
+        layer = places[stop]
+        spread[stop] = max(lanes[stop], lowest.get(layer, -inf) + 1.0)
+        lowest[layer] = spread[stop]
+    return spread
+
+
+def _folded(
     places: Mapping[Stop, int], lanes: Mapping[Stop, float], columns: int, rows: int
-) -> tuple[list[float], float]:
-    """What to add to the lanes of each row so that rows stand below each other."""
-    tops: list[float] = []
+) -> tuple[dict[Stop, Point], float]:
+    """Points with the rows below each other, and the height of all."""
+    points: dict[Stop, Point] = {}
     height = 0.0
     for row in range(rows):
-        used = [lanes[s] for s, place in places.items() if place // columns == row]
-        tops.append(height - min(used, default=0.0))
-        height += max(used, default=0.0) - min(used, default=0.0) + ROW_GAP
-    return tops, height
+        inside = [s for s, place in places.items() if place // columns == row]
+        heights = _packed([lanes[stop] for stop in inside])
+        for stop in inside:
+            at = height + heights[lanes[stop]]
+            points[stop] = (float(places[stop] % columns), at)
+        height += max(heights.values(), default=0.0) + ROW_GAP
+    return points, height
+
+
+def _packed(lanes: Iterable[float]) -> dict[float, float]:
+    """Lanes from 0 on in the same order, gaps of more than one lane closed to one."""
+    ordered = sorted(set(lanes))
+    packed = dict.fromkeys(ordered[:1], 0.0)
+    for before, after in pairwise(ordered):
+        packed[after] = packed[before] + min(after - before, 1.0)
+    return packed
 
 
 def _pieces(run: Sequence[Point]) -> list[list[Point]]:

@@ -205,7 +205,7 @@ def _page_layout(layout: Layout) -> dict[str, Any]:
     top, bottom = -0.75, layout.height - 0.6
     return {
         "height": round(110 + LANE_PIXELS * (bottom - top)),
-        "xaxis": {**axis, "range": [-0.7, layout.columns - 0.3]},
+        "xaxis": {**axis, "range": [-0.9, layout.columns - 0.1]},
         "yaxis": {**axis, "range": [bottom, top]},
         "plot_bgcolor": BACKGROUND,
         "paper_bgcolor": BACKGROUND,
