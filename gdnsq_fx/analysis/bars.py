@@ -56,7 +56,8 @@ def prints_colour() -> bool:
     # https://no-color.org: any value that is not empty counts.
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
-    return sys.stdout.isatty()
+    is_terminal = getattr(sys.stdout, "isatty", None)  # without a console: None
+    return is_terminal is not None and bool(is_terminal())
 
 
 def printable(text: str) -> str:

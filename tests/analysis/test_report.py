@@ -333,6 +333,9 @@ def test_colour_is_for_terminals_alone(
     assert re.sub(r"\x1b\[\d+m", "", coloured) == report.to_text()
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in str(report)
+    monkeypatch.setattr(sys, "stdout", None)  # as in a program without a console
+    monkeypatch.delenv("NO_COLOR")
+    assert "\x1b" not in str(report)
 
 
 def test_bars_print_where_there_are_no_block_characters(
