@@ -22,7 +22,8 @@ def more_facts(edge: EdgeReport) -> dict[str, float]:
     found: dict[str, float] = {}
     for one in fields(edge):
         value: Any = getattr(edge, one.name)
-        if one.name not in _IN_THE_TABLE and isinstance(value, (int, float)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and one.name not in _IN_THE_TABLE:
             found[one.name] = value
     return found
 

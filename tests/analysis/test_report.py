@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 import gdnsq_fx
 from gdnsq_fx.analysis.bars import bar
 from gdnsq_fx.analysis.coverage import Skip
+from gdnsq_fx.analysis.edge_report import EdgeReport
 from gdnsq_fx.analysis.report import CapacityReport, build_report
+from gdnsq_fx.analysis.shown import more_facts
 from gdnsq_fx.analysis.text import quantity, shortened
 from gdnsq_fx.errors import MissingExtraError, PassError
 
@@ -491,6 +493,30 @@ def test_html_escapes_names(report: CapacityReport) -> None:
     ).to_html()
     assert "<script>alert" not in page and "<em>" not in page
     assert "&lt;script&gt;alert" in page
+
+
+@dataclass(frozen=True)
+class _Richer(EdgeReport):
+    """An edge with facts that the page has no column of its own for."""
+
+    macs_of_reader: int = 1234
+    joint_divergence: float | None = None
+    divergence_at: tuple[float, ...] = (1.0, 2.0)
+
+
+def test_html_shows_whatever_else_was_measured(report: CapacityReport) -> None:
+    edges = [
+        _Richer(**{f.name: getattr(e, f.name) for f in fields(e)}) for e in report.edges
+    ]
+    edges[0] = replace(edges[0], joint_divergence=0.125)
+    assert more_facts(edges[0]) == {
+        **more_facts(report.edges[0]), "macs_of_reader": 1234, "joint_divergence": 0.125
+    }  # fmt: skip
+    page = replace(report, edges=tuple(edges)).to_html()
+    assert "joint divergence 0.125" in page and "macs of reader 1.23e+03" in page
+    parsed = _Page()
+    parsed.feed(page)
+    assert parsed.tags.count("td") == parsed.tags.count("th") * len(edges)
 
 
 def test_html_file(report: CapacityReport, tmp_path: Path) -> None:
