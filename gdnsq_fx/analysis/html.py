@@ -117,7 +117,7 @@ def _cards(report: Findings) -> str:
             f"of MACs and {coverage.weights:.1%} of weights quantized",
         ),
         *_cut_card("minimum cut", report.cut),
-        *_cut_card("smallest share of floating point", report.relative_cut),
+        *_cut_card("cut of least share", report.relative_cut),
     ]
     drawn = "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(note)}</span></div>'

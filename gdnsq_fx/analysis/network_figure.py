@@ -29,6 +29,7 @@ from gdnsq_fx.analysis.sketch import END, JOIN, OPERATION, VALUE, sketch_of
 
 LEAST_SHARE = 1e-4  # the lightest colour; shares run over four decades
 LANE_PIXELS = 52
+LEAST_HEIGHT = 270  # for the colour bar
 _SYMBOLS = {VALUE: "circle", OPERATION: "square", JOIN: "diamond", END: "circle-open"}
 _SIZES = {VALUE: 13, OPERATION: 22, JOIN: 13, END: 13}
 
@@ -168,12 +169,12 @@ def _marker(kind: str, shares: list[list[float]]) -> dict[str, Any]:
             "colorscale": HEAT,
             "showscale": True,
             "colorbar": {
-                "title": {"text": "share of predicted divergence", "side": "right"},
+                "title": {"text": "share of divergence", "side": "right"},
                 "tickvals": list(ticks),
                 "ticktext": [f"{100 * 10.0**t:g}%" for t in ticks],
                 "thickness": 12,
                 "lenmode": "pixels",
-                "len": 220,
+                "len": 190,
                 "y": 1.0,
                 "yanchor": "top",
                 "outlinewidth": 0,
@@ -204,7 +205,7 @@ def _page_layout(layout: Layout) -> dict[str, Any]:
     axis = {"visible": False, "showgrid": False, "zeroline": False}
     top, bottom = -0.75, layout.height - 0.6
     return {
-        "height": round(110 + LANE_PIXELS * (bottom - top)),
+        "height": max(round(110 + LANE_PIXELS * (bottom - top)), LEAST_HEIGHT),
         "xaxis": {**axis, "range": [-0.9, layout.columns - 0.1]},
         "yaxis": {**axis, "range": [bottom, top]},
         "plot_bgcolor": BACKGROUND,

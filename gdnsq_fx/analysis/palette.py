@@ -9,7 +9,7 @@ FAINT = "#dee2e6"
 LINE = "#ced4da"
 QUANTIZED_LINE = "#5c7cfa"
 CUT = ("minimum cut", "#1864ab")
-RELATIVE_CUT = ("relative cut", "#099268")
+RELATIVE_CUT = ("cut of least share", "#099268")
 # From next to nothing to all of it; read on white, told apart without hue.
 HEAT = (
     (0.0, "#fff9db"),
