@@ -12,7 +12,10 @@ The method is GDNSQ (arXiv 2508.14004).
 from gdnsq_fx.analysis.allocation import Allocation
 from gdnsq_fx.analysis.coverage import Coverage, Skip, Totals
 from gdnsq_fx.analysis.cuts import MinimumCut
+from gdnsq_fx.analysis.diff import EdgeChange, ReportDiff
+from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.analysis.edge_report import EdgeReport
+from gdnsq_fx.analysis.profile import Position
 from gdnsq_fx.analysis.report import CapacityReport
 from gdnsq_fx.api import (
     allocate,
@@ -64,11 +67,13 @@ __all__ = [
     "CalibrationError",
     "Call",
     "CapacityReport",
+    "CapacityTracker",
     "CaptureError",
     "ChannelLayout",
     "ConfigError",
     "Coverage",
     "DeviceMismatchError",
+    "EdgeChange",
     "EdgeReport",
     "FileFormatError",
     "FinetuneResult",
@@ -83,8 +88,10 @@ __all__ = [
     "Override",
     "PassError",
     "PatternError",
+    "Position",
     "QuantConfig",
     "QuantSpec",
+    "ReportDiff",
     "Schedule",
     "Skip",
     "StepRecord",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import networkx as nx
+
 from gdnsq_fx.analysis.coverage import Coverage, Totals
 from gdnsq_fx.analysis.cuts import MinimumCut
 
@@ -51,5 +53,7 @@ class Findings:
 
     edges: tuple[EdgeReport, ...]
     cut: MinimumCut | None
+    relative_cut: MinimumCut | None
     totals: Totals
     coverage: Coverage
+    graph: nx.DiGraph[str]

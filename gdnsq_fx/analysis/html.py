@@ -1,74 +1,151 @@
-"""The capacity report as one self-contained HTML page without scripts."""
+"""The capacity report as one self-contained HTML page, to be opened offline."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
-from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
-from gdnsq_fx.analysis.text import cells_of, quantity
+from gdnsq_fx.analysis.chart_figures import dynamics_figure, profile_figure
+from gdnsq_fx.analysis.cuts import MinimumCut
+from gdnsq_fx.analysis.dynamics import CapacityTracker
+from gdnsq_fx.analysis.edge_report import Findings
+from gdnsq_fx.analysis.extras import required
+from gdnsq_fx.analysis.html_style import SCRIPT, STYLE
+from gdnsq_fx.analysis.html_table import edge_table
+from gdnsq_fx.analysis.network_figure import network_figure
+from gdnsq_fx.analysis.notation import quantity
+from gdnsq_fx.analysis.profile import Position
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem;
-       padding: 0 1rem; color: #1c1e21; }
-table { border-collapse: collapse; width: 100%; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #e2e4e8; text-align: right; }
-th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
-tr.bottleneck td { background: #fff1e6; }
-.bar { background: #d9480f; height: .7rem; display: inline-block; }
-td:last-child { text-align: left; width: 12rem; }
-code { background: #f1f3f5; padding: 0 .25rem; }
-"""
+SHOWN_VALUES = 4  # of a cut; the drawing shows all
+_NETWORK = (
+    "Squares are operations, coloured by the weights they read; circles are quantized "
+    "activations; diamonds join several values; grey is in floating point. The colour "
+    "is the share of the predicted divergence that quantizing this edge alone would "
+    "cause. Drag to move, scroll to zoom, double-click to see all again."
+)
+_PROFILE = (
+    "What is still to be read once each value has been computed, in the order of "
+    "computation. A quantized copy adds nothing where its original goes on as well."
+)
+_TABLE = (
+    "Click a header to sort. Capacity, entropy and slack: bits per sample. Divergence: "
+    "predicted Jeffreys divergence of the output, nats per sample, if only this edge "
+    "is quantized. Slack: what an activation could lose before it becomes part of the "
+    "minimum cut. The fewest edges that make up half of all divergence are marked."
+)
+_DYNAMICS = (
+    "Fine-tuning. Above: the loss, shaded where it rose most. Below: the capacity of "
+    "each edge; a white stroke marks the step at which it first met its target, and "
+    "the edges that resisted longest stand on top."
+)
 
-_COLUMNS = (
-    "edge", "op", "shape", "bits", "capacity, bit", "entropy, bit", "used", "SQNR, dB",
-    "predicted divergence, nat", "measured", "joint", "MACs", "BOPs", "",
-)  # fmt: skip
 
+def html_page(
+    report: Findings,
+    profile: Sequence[Position],
+    slack: Mapping[str, float],
+    history: CapacityTracker | None,
+) -> str:
+    """The page as a string.
 
-def html_page(report: Findings) -> str:
-    """The page as a string."""
-    worst = max((e.predicted_divergence for e in report.edges), default=0.0)
-    head = "".join(f"<th>{escape(column)}</th>" for column in _COLUMNS)
-    rows = "\n".join(_row(edge, worst) for edge in report.edges)
+    Raises:
+        MissingExtraError: plotly or igraph is not installed.
+    """
+    figures = [
+        ("Network", _NETWORK, network_figure(report, slack)),
+        ("Capacity profile", _PROFILE, profile_figure(profile)),
+    ]
+    if history is not None and history.records:
+        figures.append(("Training dynamics", _DYNAMICS, dynamics_figure(history)))
+    sections = [
+        _section(title, note, _figure(figure, number))
+        for number, (title, note, figure) in enumerate(figures)
+    ]
+    table = _section("Edges", _TABLE, edge_table(report.edges, slack))
+    sections.insert(2, table)
+    if history is not None:
+        sections.append(_rises(history))
+    body = "\n".join([_cards(report), *sections, _skipped(report)])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Capacity report</title>
-<style>{_STYLE}</style></head><body>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{STYLE}</style></head><body>
 <h1>Capacity report</h1>
-{_summary(report)}
-<table><thead><tr>{head}</tr></thead><tbody>
-{rows}
-</tbody></table>
-{_skipped(report)}
+{body}
+<script>{SCRIPT}</script>
 </body></html>
 """
 
 
-def _row(edge: EdgeReport, worst: float) -> str:
-    cells = cells_of(edge, measured=True, joint=True)[:-1]  # a bar stands for the mark
-    cells += [quantity(edge.macs), quantity(edge.bops)]
-    share = edge.predicted_divergence / worst if worst else 0.0
-    bar = f'<span class="bar" style="width:{100 * share:.1f}%"></span>'
-    mark = ' class="bottleneck"' if edge.bottleneck else ""
-    data = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    return f"<tr{mark}>{data}<td>{bar}</td></tr>"
+def _figure(figure: Any, number: int) -> str:
+    """A plotly figure; the first brings plotly's script along, inline."""
+    drawn = required("plotly.io", "the HTML report").to_html(
+        figure,
+        full_html=False,
+        include_plotlyjs=number == 0,
+        div_id=f"figure-{number}",
+        config={
+            "displaylogo": False,
+            "responsive": True,
+            "scrollZoom": number == 0,
+            "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+        },
+    )
+    return f'<div class="figure">{drawn}</div>'
 
 
-def _summary(report: Findings) -> str:
-    totals, coverage, cut = report.totals, report.coverage, report.cut
-    facts = [
-        f"Size {quantity(totals.size_bytes, 'B')} against "
-        f"{quantity(totals.float_size_bytes, 'B')} in floating point; "
-        f"{quantity(totals.bops, 'BOP')} per sample against "
-        f"{quantity(totals.float_bops, 'BOP')}.",
-        f"{100 * coverage.macs:.1f}% of MACs and {100 * coverage.weights:.1f}% of "
-        "weights are quantized.",
+def _section(title: str, note: str, content: str) -> str:
+    return f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{content}'
+
+
+def _cards(report: Findings) -> str:
+    totals, coverage = report.totals, report.coverage
+    size, floats = totals.size_bytes, totals.float_size_bytes
+    cards = [
+        (
+            quantity(size, "B"),
+            f"size, {floats / max(size, 1):.1f}× smaller than {quantity(floats, 'B')}",
+        ),
+        (
+            quantity(totals.bops, "BOP"),
+            f"per sample, {totals.float_bops / max(totals.bops, 1):.0f}× fewer than in "
+            f"32 bits; {quantity(totals.macs, 'MAC')}",
+        ),
+        (
+            f"{coverage.macs:.1%}",
+            f"of MACs and {coverage.weights:.1%} of weights quantized",
+        ),
+        *_cut_card("minimum cut", report.cut),
+        *_cut_card("cut of least share", report.relative_cut),
     ]
-    if cut is not None:
-        facts.append(
-            f"Minimum cut: {quantity(cut.bits, 'bit')} per sample, "
-            f"{100 * cut.share:.1f}% of floating point, at {', '.join(cut.values)}."
-        )
-    return "".join(f"<p>{escape(fact)}</p>" for fact in facts)
+    drawn = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(note)}</span></div>'
+        for value, note in cards
+    )
+    return f'<div class="cards">{drawn}</div>'
+
+
+def _cut_card(name: str, cut: MinimumCut | None) -> list[tuple[str, str]]:
+    if cut is None:
+        return []
+    values = ", ".join(cut.values[:SHOWN_VALUES])
+    more = len(cut.values) - SHOWN_VALUES
+    values += f" and {more} more" if more > 0 else ""
+    return [
+        (quantity(cut.bits, "bit"), f"{name}: {cut.share:.1%} of floats, at {values}")
+    ]
+
+
+def _rises(history: CapacityTracker) -> str:
+    """Where the loss rose, in words."""
+    items = [
+        f"<li>steps {r.first_step} to {r.last_step}: {r.before:.3g} to {r.after:.3g}"
+        + "".join(f", <code>{escape(e)}</code> −{bits:.2f} bits" for e, bits in r.lost)
+        + "</li>"
+        for r in history.loss_rises
+    ]
+    return f"<p>Where the loss rose:</p><ul>{''.join(items)}</ul>" if items else ""
 
 
 def _skipped(report: Findings) -> str:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 from torch.fx import GraphModule
 
+from gdnsq_fx.analysis.bars import printable, prints_colour
 from gdnsq_fx.analysis.coverage import Coverage, Totals, coverage_of, totals_of
 from gdnsq_fx.analysis.cuts import MinimumCut, capacity_graph, minimum_cut
+from gdnsq_fx.analysis.diff import ReportDiff, difference
+from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
+from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.analysis.html import html_page
+from gdnsq_fx.analysis.plots import report_plot
+from gdnsq_fx.analysis.profile import Position, capacity_profile
+from gdnsq_fx.analysis.relative_cut import relative_cut
+from gdnsq_fx.analysis.slack import slack_of
 from gdnsq_fx.analysis.text import report_text
 from gdnsq_fx.annotations import EdgeFacts, facts
 from gdnsq_fx.errors import PassError
@@ -30,42 +40,115 @@ class CapacityReport:
     Attributes:
         edges: sorted by predicted divergence, worst first.
         cut: the minimum cut, None where no path leads from an input to the output.
+        relative_cut: the clean cut that keeps the smallest share of floating point.
     """
 
     edges: tuple[EdgeReport, ...]
     cut: MinimumCut | None
+    relative_cut: MinimumCut | None
     totals: Totals
     coverage: Coverage
     graph: nx.DiGraph[str] = field(repr=False, compare=False)
 
-    def __str__(self) -> str:
-        return self.to_text()
+    @cached_property
+    def profile(self) -> tuple[Position, ...]:
+        """What crosses the network at each position along its depth."""
+        return capacity_profile(self.graph)
 
-    def to_text(self, limit: int | None = 40) -> str:
-        """The report as plain text, the worst ``limit`` edges (None: all)."""
-        return report_text(self._findings(), limit)
+    @cached_property
+    def slack(self) -> dict[str, float]:
+        """Bits per sample that each activation edge could lose before it becomes part
+        of the minimum cut, by name; 0 in the cut. Weights do not flow and have none."""
+        return slack_of(self.graph)
+
+    def __str__(self) -> str:
+        return printable(self.to_text(colour=prints_colour()))
+
+    def to_text(self, limit: int | None = 40, *, colour: bool = False) -> str:
+        """The report as plain text of at most 100 columns.
+
+        Args:
+            limit: show the worst so many edges (None: all).
+            colour: with ANSI colours; ``print(report)`` has them on a terminal unless
+                ``NO_COLOR`` is set.
+        """
+        return report_text(self._findings(), limit, colour)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the graph, JSON-able."""
-        cut = (
-            None if self.cut is None else {**asdict(self.cut), "share": self.cut.share}
-        )
         return {
             "edges": [{**asdict(e), "shape": list(e.shape)} for e in self.edges],
-            "minimum_cut": cut,
+            "minimum_cut": _cut_dict(self.cut),
+            "relative_cut": _cut_dict(self.relative_cut),
+            "slack": self.slack,
+            "profile": [{**asdict(p), "share": p.share} for p in self.profile],
             "totals": asdict(self.totals),
             "coverage": asdict(self.coverage),
         }
 
-    def to_html(self, path: str | Path | None = None) -> str:
-        """One self-contained page; written to ``path`` where given."""
-        page = html_page(self._findings())
-        if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
-        return page
+    def to_json(self, path: str | Path | None = None) -> str:
+        """`to_dict` as JSON text; written to ``path`` where given."""
+        return _written(json.dumps(self.to_dict(), indent=2, allow_nan=False), path)
+
+    def to_html(
+        self, path: str | Path | None = None, history: CapacityTracker | None = None
+    ) -> str:
+        """One self-contained page (4 MB, most of it plotly's script), for offline use.
+
+        Args:
+            path: file to write.
+            history: how fine-tuning went, shown as well.
+
+        Raises:
+            MissingExtraError: plotly or igraph is not installed.
+        """
+        page = html_page(self._findings(), self.profile, self.slack, history)
+        return _written(page, path)
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` with one row for each edge, by name, worst first.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        pandas = required("pandas", "to_pandas()")
+        rows = [{**asdict(e), "slack": self.slack.get(e.name)} for e in self.edges]
+        return pandas.DataFrame(rows).set_index("name")
+
+    def plot(self, limit: int | None = 40) -> Any:
+        """A ``matplotlib.figure.Figure``: the worst edges, and the capacity profile.
+
+        Args:
+            limit: show this many edges (None: all).
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return report_plot(self.edges, self.profile, limit)
+
+    def diff(self, after: CapacityReport) -> ReportDiff:
+        """What changed from this report to a later one, edges matched by name."""
+        return difference(self.edges, after.edges)
 
     def _findings(self) -> Findings:
-        return Findings(self.edges, self.cut, self.totals, self.coverage)
+        return Findings(
+            self.edges,
+            self.cut,
+            self.relative_cut,
+            self.totals,
+            self.coverage,
+            self.graph,
+        )
+
+
+def _cut_dict(cut: MinimumCut | None) -> dict[str, Any] | None:
+    return None if cut is None else {**asdict(cut), "share": cut.share}
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
 
 
 def build_report(graph_module: GraphModule) -> CapacityReport:
@@ -87,6 +170,7 @@ def build_report(graph_module: GraphModule) -> CapacityReport:
             for rank, (site, edge) in enumerate(measured)
         ),
         cut=minimum_cut(graph),
+        relative_cut=relative_cut(graph),
         totals=totals_of(graph_module),
         coverage=coverage_of(graph_module),
         graph=graph,

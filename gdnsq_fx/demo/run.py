@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from gdnsq_fx import api
+from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.demo.digits import (
     DigitsData,
     accuracy,
@@ -80,9 +81,9 @@ def run_demo(bits: int, out: Path, seed: int = 0, steps: int = 1500) -> DemoResu
     with one_thread():
         report = api.analyze(qmodel, data.test_images.split(BATCH))
     print(report)
-    report.to_html(out / "report.html")
 
     _heading(f"3. Fine-tune {steps} steps down to {bits} bits")
+    tracker = CapacityTracker()
     with seeded(seed), one_thread():
         result = finetune(
             qmodel,
@@ -90,8 +91,10 @@ def run_demo(bits: int, out: Path, seed: int = 0, steps: int = 1500) -> DemoResu
             steps=steps,
             teacher=model,
             validate=lambda m: accuracy(m, data.test_images, data.test_labels),
+            tracker=tracker,
         )
     print(result)
+    report.to_html(out / "report.html", history=tracker)
 
     _heading("4. Convert to integers, save, load, and compare")
     imodel = api.convert(qmodel)

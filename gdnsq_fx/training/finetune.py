@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
+from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.annotations import model_facts
 from gdnsq_fx.errors import (
     BatchStructureError,
@@ -45,6 +46,7 @@ def finetune(
     lr: float = 1e-3,
     max_grad_norm: float = 10.0,
     progress: bool = True,
+    tracker: CapacityTracker | None = None,
 ) -> FinetuneResult:
     """Fine-tune in place until every edge is at or under its target bit-width.
 
@@ -64,6 +66,7 @@ def finetune(
         lr: learning rate of weights (Adam); quantizers have their own (see `Schedule`).
         max_grad_norm: gradients are clipped to this norm.
         progress: show a progress bar.
+        tracker: notes the capacity of every edge through the run.
 
     Returns:
         A `FinetuneResult`.
@@ -91,13 +94,14 @@ def finetune(
     check_device(frozen, first.args, first.kwargs)
     with in_evaluation(frozen), bar:
         objective = Objective(frozen, task_loss, distillation, distillation_loss)
-        run = Run(qmodel, objective, schedule, lr, max_grad_norm)
+        run = Run(qmodel, objective, schedule, lr, max_grad_norm, tracker)
         try:
             for step in bar:
                 loss = run.step(step, next(batches))
                 due = validate_every is not None and (step + 1) % validate_every == 0
+                metric = _validated(qmodel, validate) if due else None
+                run.track(step, loss, metric)
                 if due or run.records_at(step):
-                    metric = _validated(qmodel, validate) if due else None
                     bar.set_postfix(**run.record(step, loss, metric))
             run.check_finite(steps)
         except BaseException:

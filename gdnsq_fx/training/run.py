@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.errors import TrainingDivergedError
 from gdnsq_fx.inputs import Batch
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
@@ -33,6 +34,7 @@ class Run:
         schedule: Schedule,
         lr: float,
         max_grad_norm: float,
+        tracker: CapacityTracker | None = None,
     ) -> None:
         self.qmodel = qmodel
         self.objective = objective
@@ -52,6 +54,9 @@ class Run:
         self.optimizer = torch.optim.Adam(_parameter_groups(qmodel, schedule, lr))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.history: list[StepRecord] = []
+        self.tracker = tracker
+        if tracker is not None:
+            tracker.start(self.constraint.targets)
 
     def step(self, step: int, batch: Batch) -> Tensor:
         """Forward, backward, update, projection; returns the loss without penalty."""
@@ -89,6 +94,16 @@ class Run:
             "above": len(self.constraint.violations()),
         }
         return shown if metric is None else {**shown, "metric": f"{metric:.4g}"}
+
+    def track(self, step: int, loss: Tensor, metric: float | None) -> None:
+        """Show a step that is due, or the last one, and any metric to the tracker."""
+        if self.tracker is None:
+            return
+        if metric is not None:
+            self.tracker.note_metric(step, metric)
+        if self.tracker.is_due(step) or step + 1 == self.schedule.steps:
+            self.check_finite(step + 1)  # NaN has no bit-width
+            self.tracker.observe(self.qmodel, step, float(loss))
 
     def undo_if_untrained(self) -> None:
         """Where not one step was taken, put back the quantizers that were opened."""

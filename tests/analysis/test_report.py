@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,13 @@ import torch
 from torch import Tensor, nn
 
 import gdnsq_fx
+from gdnsq_fx.analysis.bars import bar
 from gdnsq_fx.analysis.coverage import Skip
+from gdnsq_fx.analysis.edge_report import EdgeReport
+from gdnsq_fx.analysis.notation import quantity, shortened
 from gdnsq_fx.analysis.report import CapacityReport, build_report
-from gdnsq_fx.analysis.text import quantity, shortened
-from gdnsq_fx.errors import PassError
+from gdnsq_fx.analysis.shown import more_facts
+from gdnsq_fx.errors import MissingExtraError, PassError
 
 # The issue's list, and what else a reader gets.
 EDGE_KEYS = {
@@ -87,9 +94,12 @@ def confirmed() -> CapacityReport:
 
 def test_dict_has_what_the_issue_lists(report: CapacityReport) -> None:
     found = report.to_dict()
-    assert set(found) == {"edges", "minimum_cut", "totals", "coverage"}
+    assert set(found) == {
+        "edges", "minimum_cut", "relative_cut", "slack", "profile", "totals",
+        "coverage",
+    }  # fmt: skip
     for edge in found["edges"]:
-        assert set(edge) == EDGE_KEYS | MORE_KEYS
+        assert set(edge) >= EDGE_KEYS | MORE_KEYS
     assert set(found["coverage"]) == {"macs", "weights", "skipped"}
 
 
@@ -214,7 +224,7 @@ def test_marks_stand_on_bottlenecks_only(report: CapacityReport) -> None:
     lines = str(report).splitlines()
     for edge in report.edges:
         (line,) = [text for text in lines if text.startswith(f"{edge.name} ")]
-        assert line.endswith("<<") is edge.bottleneck
+        assert ("<<" in line) is edge.bottleneck
 
 
 def _widened(report: CapacityReport) -> CapacityReport:
@@ -296,7 +306,141 @@ def test_names_are_shortened_in_the_middle() -> None:
     assert name.startswith("encod") and name.endswith(".weight") and ".." in name
 
 
-# --- HTML and graph ---
+# --- bars and colour ---
+
+
+def test_bars_are_as_long_as_the_divergences(report: CapacityReport) -> None:
+    lines = str(report).splitlines()[2 : 2 + len(report.edges)]
+    lengths = [sum(line.count(c) for c in "█▏▎▍▌▋▊▉") for line in lines]
+    assert lengths == sorted(lengths, reverse=True)
+    assert 4 <= lengths[0] <= 16 and lengths[-1] == 1
+    share = report.edges[1].predicted_divergence / report.edges[0].predicted_divergence
+    assert lengths[1] == math.ceil(share * lengths[0])
+
+
+@pytest.mark.parametrize(
+    ("share", "wanted"),
+    [(0.0, ""), (1e-9, "▏"), (0.5, "██"), (0.53125, "██▏"), (1.0, "████")],
+)
+def test_bar(share: float, wanted: str) -> None:
+    assert bar(share, 4) == wanted
+
+
+def test_colour_is_for_terminals_alone(
+    report: CapacityReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\x1b" not in str(report) and "\x1b" not in report.to_text()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    coloured = str(report)
+    assert coloured.count("\x1b[31m") == sum(e.bottleneck for e in report.edges)
+    assert re.sub(r"\x1b\[\d+m", "", coloured) == report.to_text()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in str(report)
+    monkeypatch.setattr(sys, "stdout", None)  # as in a program without a console
+    monkeypatch.delenv("NO_COLOR")
+    assert "\x1b" not in str(report)
+
+
+def test_bars_print_where_there_are_no_block_characters(
+    report: CapacityReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    print(report, flush=True)
+    assert b"#" * 4 in written.getvalue()
+
+
+# --- JSON, pandas, matplotlib, differences ---
+
+
+def test_json_file(confirmed: CapacityReport, tmp_path: Path) -> None:
+    text = confirmed.to_json(tmp_path / "report.json")
+    assert (tmp_path / "report.json").read_text(encoding="utf-8") == text
+    assert json.loads(text) == json.loads(json.dumps(confirmed.to_dict()))
+
+
+def test_pandas_has_a_row_for_each_edge(confirmed: CapacityReport) -> None:
+    frame = confirmed.to_pandas()
+    assert list(frame.index) == [e.name for e in confirmed.edges]
+    edge = confirmed.edges[0]
+    assert frame.loc[edge.name, "capacity"] == edge.capacity
+    assert frame.loc["head.input", "slack"] == confirmed.slack["head.input"]
+    assert frame.loc["head.weight"].isna()["slack"]
+
+
+def test_plot_has_a_bar_for_each_edge_and_the_profile(
+    confirmed: CapacityReport, tmp_path: Path
+) -> None:
+    figure = confirmed.plot()
+    bars, profile = figure.axes
+    widths = [patch.get_width() for patch in bars.patches]
+    assert widths == [e.predicted_divergence for e in confirmed.edges]
+    (line,) = profile.lines
+    assert list(line.get_ydata()) == [p.bits for p in confirmed.profile]
+    assert len(confirmed.plot(limit=2).axes[0].patches) == 2
+    figure.savefig(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_difference_of_two_reports(report: CapacityReport) -> None:
+    edges = {e.name: e for e in report.edges}
+    later = [
+        replace(edges["head.input"], bits=2, capacity=64.0, predicted_divergence=1.0),
+        *(e for n, e in edges.items() if n not in ("head.input", "stem.weight")),
+        replace(edges["stem.weight"], name="new.weight"),
+    ]
+    diff = report.diff(replace(report, edges=tuple(later)))
+    first = diff.changes[0]
+    assert (first.name, first.bits, first.capacity[1]) == ("head.input", (8, 2), 64.0)
+    assert first.change == 1.0 - edges["head.input"].predicted_divergence
+    assert all(c.change == 0.0 for c in diff.changes[1:])
+    assert (diff.only_before, diff.only_after) == (("stem.weight",), ("new.weight",))
+    json.dumps(diff.to_dict(), allow_nan=False)
+    assert diff.to_dict()["changes"][0]["bits"] == [8, 2]
+    text = str(diff)
+    assert "8 -> 2" in text and "only before:  stem.weight" in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "4 more edges" in diff.to_text(limit=1)
+    wide = _widened(report)
+    assert max(len(line) for line in str(wide.diff(wide)).splitlines()) <= 100
+
+
+@pytest.mark.parametrize(
+    ("library", "show"),
+    [
+        ("plotly", lambda r: r.to_html()),
+        ("igraph", lambda r: r.to_html()),
+        ("matplotlib", lambda r: r.plot()),
+        ("pandas", lambda r: r.to_pandas()),
+    ],
+)
+def test_missing_libraries_name_the_extra(
+    library: str,
+    show: Callable[[CapacityReport], object],
+    report: CapacityReport,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingExtraError, match=r"gdnsq-fx\[report\]"):
+        show(report)
+
+
+def test_library_imports_no_optional_one() -> None:
+    code = (
+        "import sys, gdnsq_fx; print([m for m in ('plotly', 'igraph', 'matplotlib', "
+        "'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# --- HTML and graph; tests/analysis/test_html_page.py opens it ---
 
 
 class _Page(HTMLParser):
@@ -318,11 +462,10 @@ class _Page(HTMLParser):
 
 def test_html_is_self_contained(confirmed: CapacityReport) -> None:
     page = confirmed.to_html()
-    assert "http://" not in page and "https://" not in page
     parsed = _Page()
     parsed.feed(page)
     assert not parsed.open
-    assert not {"script", "link", "img", "iframe"} & set(parsed.tags)
+    assert not {"link", "img", "iframe"} & set(parsed.tags)
     assert not {"src", "href"} & {name for name, _ in parsed.attributes}
     for edge in confirmed.edges:
         assert edge.name in page
@@ -339,12 +482,42 @@ def test_html_rows_have_a_cell_for_each_header(confirmed: CapacityReport) -> Non
 
 
 def test_html_escapes_names(report: CapacityReport) -> None:
-    edges = (replace(report.edges[0], name="<script>alert(1)</script>"),)
-    skipped = (Skip("<b>", "<i>", "<u>"),)
-    coverage = replace(report.coverage, skipped=skipped)
-    page = replace(report, edges=edges, coverage=coverage).to_html()
-    assert "<script" not in page and "<i>" not in page
-    assert "&lt;script&gt;" in page
+    """Everywhere: in the table, in the cards, and in what the drawings are made of."""
+    evil = "<script>alert(1)</script>"
+    graph = report.graph.copy()
+    nx.set_node_attributes(graph, dict.fromkeys(graph, evil), "label")
+    assert report.cut is not None
+    page = replace(
+        report,
+        edges=(replace(report.edges[0], name=evil),),
+        cut=replace(report.cut, values=(evil,)),
+        coverage=replace(report.coverage, skipped=(Skip("<b>", "<em>", "<u>"),)),
+        graph=graph,
+    ).to_html()
+    assert "<script>alert" not in page and "<em>" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+@dataclass(frozen=True)
+class _Richer(EdgeReport):
+    """An edge with facts that the page has no column of its own for."""
+
+    macs_of_reader: int = 1234
+
+
+def test_html_shows_whatever_else_was_measured(report: CapacityReport) -> None:
+    edges = [
+        _Richer(**{f.name: getattr(e, f.name) for f in fields(e)}) for e in report.edges
+    ]
+    edges[0] = replace(edges[0], joint_divergence=0.125)
+    assert more_facts(edges[0]) == {
+        **more_facts(report.edges[0]), "macs_of_reader": 1234, "joint_divergence": 0.125
+    }  # fmt: skip
+    page = replace(report, edges=tuple(edges)).to_html()
+    assert "joint divergence 0.125" in page and "macs of reader 1.23e+03" in page
+    parsed = _Page()
+    parsed.feed(page)
+    assert parsed.tags.count("td") == parsed.tags.count("th") * len(edges)
 
 
 def test_html_file(report: CapacityReport, tmp_path: Path) -> None:
