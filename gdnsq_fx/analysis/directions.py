@@ -15,9 +15,11 @@ left. The others share columns; their random signs keep the mean right.
 logit ``d_c - p'd = s_c / sqrt(p_c)``, and with ``q_c`` proportional to
 ``p_c exp(d_c)`` the divergence without the second-order approximation of softmax,
 
-    sum_c (q_c - p_c) d_c.
+    sum_c (q_c - p_c) d_c + m^2,    m = sum_c p_c d_c
 
-It is taken where a sample has one prediction; positions of one sample (tokens, pixels)
+over the n likeliest classes (the rest keeps its logits). Over all classes m is 0; over
+some, the first term lacks its square to second order, as if it were common to all. It
+is taken where a sample has one prediction; positions of one sample (tokens, pixels)
 share their products and stay at second order. So do classes whose p_c is too small for
 the division.
 """
@@ -100,7 +102,7 @@ class Directions:
         return columns.scatter(dim, likeliest, ranks)
 
     def _saturating(self, products: Tensor) -> Tensor:
-        """sum_c (q_c - p_c) d_c over the likeliest classes, s_c^2 for the rest."""
+        """The divergence of the likeliest classes; s_c^2 of those too unlikely."""
         rows = products.shape[1]
         logits = self.logits.reshape(rows, -1).double()
         chosen = logits.topk(min(self.draws, logits.shape[1]), 1).indices
@@ -113,7 +115,8 @@ class Directions:
         rest = (1.0 - p.sum(1, keepdim=True)).clamp(min=0.0)
         q = torch.softmax(torch.cat([p.log() + d, rest.log()], 1), 1)[:, :-1]
         second = torch.where(known, 0.0, s.square()).sum(1)
-        return ((q - p) * d).sum(1).clamp(min=0.0) + second
+        missing = (p * d).sum(1).square()
+        return ((q - p) * d).sum(1).clamp(min=0.0) + missing + second
 
 
 def hadamard(order: int, device: torch.device) -> Tensor:

@@ -111,19 +111,19 @@ def divergence_slope(logits: Tensor, reference: Tensor, curvature: Curvature) ->
 def vanishing_divergence(slope: float, curvature: float) -> float:
     """What vanishes of a divergence when the change d that one edge makes is undone.
 
-    With g the slope of the divergence D at the quantized output z and ``d' F d`` half
-    of its curvature along d, ``D(z) - D(z - d) = g'd - d' F d`` to second order. Large
-    changes leave the parabola beyond its top, hence for a positive slope the rational
-    function of the same two terms, ``(g'd)^2 / (g'd + d' F d)`` (its Padé
-    approximant of order [1/1]), which stays between 0 and the slope.
+    With g the slope of the divergence D at the quantized output z, and ``d' F d`` half
+    of its curvature along d, to second order ``D(z) - D(z - t d) = t g'd - t^2 d' F d``.
+    At t = 1 that is ``g'd - d' F d``, exact where the divergence is quadratic. Large
+    changes lie beyond the top of the parabola, where the second order says nothing any
+    more; from there on the top itself is taken, ``(g'd)^2 / (4 d' F d)``.
 
     Args:
         slope: g'd, nats per sample.
         curvature: ``d' F d``, at least 0.
     """
-    if slope <= 0.0:
-        return slope - curvature
-    return slope * slope / (slope + curvature)
+    if slope > 0.0 and curvature > slope / 2.0:
+        return slope * slope / (4.0 * curvature)
+    return slope - curvature
 
 
 def sample_products(gradient: Tensor, error: Tensor, batch: int) -> Tensor:

@@ -44,9 +44,10 @@ merged with the prediction give .988 1.3, .989 .99 and .983 1.1.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -66,8 +67,8 @@ from gdnsq_fx.sites import activation_sites
 
 RESULTS = Path(__file__).parent / "results" / "divergence_ranking.md"
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-SAMPLES = 256
 BITS = (8, 4, 3, 2)
+WHOLE_BITS = (3, 2)
 DEALS = 3
 PEERS = ("SQNR", "cosine", "range", "Hessian")
 
@@ -91,17 +92,19 @@ def measure(case: Case, bits: int, traces: dict[str, float], whole: bool) -> Row
     """Predict and measure every edge of one model."""
     qmodel = _prepared(case, bits, whole)
     start = time.perf_counter()
-    reports = [gdnsq_fx.analyze(qmodel, _dealt(case, n)) for n in range(DEALS)]
+    reports = [
+        gdnsq_fx.analyze(qmodel, _dealt(case, n), joint=False) for n in range(DEALS)
+    ]
     predicted = (time.perf_counter() - start) / DEALS
     start = time.perf_counter()
-    edges = gdnsq_fx.analyze(qmodel, case.batches, confirm=10**6, draws=1).edges
+    edges = gdnsq_fx.analyze(qmodel, case.batches, confirm=10**6, joint=not whole).edges
     confirmed = time.perf_counter() - start
     names = [edge.name for edge in edges]
     wanted = [float(edge.measured_divergence or 0.0) for edge in edges]
     found = [_predictions(report, names) for report in reports]
     errors = local_errors(qmodel, case.batches)
     joint = [float(edge.measured_joint_divergence or 0.0) for edge in edges]
-    guesses = {edge.name: edge.joint_divergence or 0.0 for edge in reports[0].edges}
+    guesses = [float(edge.joint_divergence or 0.0) for edge in edges]
     return Row(
         case.name,
         bits,
@@ -112,7 +115,7 @@ def measure(case: Case, bits: int, traces: dict[str, float], whole: bool) -> Row
             _spearman(wanted, [rank(errors[name], traces[name]) for name in names])
             for rank in _RANKINGS
         ],
-        _spearman(joint, [guesses[name] for name in names]),
+        math.nan if whole else _spearman(joint, guesses),
         mean(value > 0.0 for value in joint),
         (predicted, confirmed),
     )
@@ -167,8 +170,8 @@ def table(rows: Sequence[Row]) -> str:
             f"{min(row.ours):.3f} to {max(row.ours):.3f}",
             f"{row.ratio:.2f}",
             *(f"{value:.3f}" for value in row.peers),
-            f"{row.joint:.2f}",
-            f"{100 * row.positive:.0f}%",
+            "" if math.isnan(row.joint) else f"{row.joint:.2f}",
+            "" if math.isnan(row.joint) else f"{100 * row.positive:.0f}%",
             *(f"{value:.0f}" for value in row.seconds),
         )
         for row in rows
@@ -176,14 +179,14 @@ def table(rows: Sequence[Row]) -> str:
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def cases(data: Path, work: Path) -> list[Case]:
+def cases(data: Path, work: Path, samples: int) -> Iterator[Case]:
     """The three models; ResNet-20 only where its data are."""
-    found = [digits_case(SAMPLES)]
+    yield digits_case(samples)
+    yield decoder_case(work, samples)
     try:
-        found.append(resnet20_case(data, work, SAMPLES))
+        yield resnet20_case(data, work, samples)
     except FileNotFoundError as error:
         print(f"ResNet-20 is skipped, its data are missing: {error}")
-    return [*found, decoder_case(SAMPLES)]
 
 
 def main() -> None:
@@ -192,35 +195,38 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=DATA, help="CIFAR-10 and weights")
-    parser.add_argument("--work", type=Path, help="where images are unpacked")
+    parser.add_argument("--work", type=Path, help="keeps images and trained weights")
+    parser.add_argument("--samples", type=int, default=256)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, one_thread():
-        models = cases(options.data, options.work or Path(temporary))
-        text = _measured(models)
-    print(text)
-    RESULTS.write_text(text)
+        work = options.work or Path(temporary)
+        _measure_all(cases(options.data, work, options.samples), options.samples)
+    print(RESULTS.read_text())
 
 
-def _measured(models: Sequence[Case]) -> str:
-    rows: dict[bool, list[Row]] = {False: [], True: []}
+def _measure_all(models: Iterable[Case], samples: int) -> None:
+    """Measure one model after another; the tables grow with each."""
+    own: list[Row] = []
+    whole: list[Row] = []
+    quality: list[str] = []
     start = time.perf_counter()
-    with tqdm(total=2 * len(BITS) * len(models), unit="row") as progress:
-        for case in models:
-            qmodel = _prepared(case, 8, False)
-            traces = mean_hessian_traces(qmodel, case.batches, case.targets)
-            for whole in (False, True):
-                for bits in BITS:
-                    rows[whole].append(measure(case, bits, traces, whole))
-                    progress.update()
-    minutes = (time.perf_counter() - start) / 60
-    quality = "; ".join(f"{case.name}: {case.quality}" for case in models)
-    return (
-        "`python tests/benchmarks/divergence_ranking.py`: Spearman's correlation with "
-        f"the measured divergence over all edges, {SAMPLES} samples, one core, "
-        f"{minutes:.0f} minutes after training. {quality}.\n\n"
-        f"Levels as `prepare` places them:\n\n{table(rows[False])}\n\n"
-        f"Activations over their whole range:\n\n{table(rows[True])}\n"
-    )
+    for case in models:
+        quality.append(f"{case.name}: {case.quality}")
+        traces = mean_hessian_traces(
+            _prepared(case, 8, False), case.batches, case.targets
+        )
+        for bits in tqdm(BITS, desc=case.name, unit="row"):
+            own.append(measure(case, bits, traces, False))
+        for bits in tqdm(WHOLE_BITS, desc="whole range", unit="row"):
+            whole.append(measure(case, bits, traces, True))
+        minutes = (time.perf_counter() - start) / 60
+        RESULTS.write_text(
+            "`python tests/benchmarks/divergence_ranking.py --samples "
+            f"{samples}`: Spearman's correlation with the measured divergence over all "
+            f"edges, one core, {minutes:.0f} minutes. {'; '.join(quality)}.\n\n"
+            f"Levels as `prepare` places them:\n\n{table(own)}\n\n"
+            f"Activations over their whole range:\n\n{table(whole)}\n"
+        )
 
 
 if __name__ == "__main__":

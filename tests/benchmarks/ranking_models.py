@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -111,8 +112,6 @@ def resnet20_case(data: Path, work: Path, samples: int) -> Case:
     Raises:
         FileNotFoundError: a file is missing.
     """
-    from safetensors.torch import load_file
-
     model = ResNet20()
     state = load_file(data / "resnet20-cifar10-jpeg-fp.safetensors")
     model.load_state_dict(state)
@@ -204,8 +203,14 @@ class Decoder(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(ids) + self.position)))
 
 
-def decoder_case(samples: int, steps: int = 900) -> Case:
-    """A small decoder trained on the documentation of Python's standard library."""
+def decoder_case(work: Path, samples: int, steps: int = 900) -> Case:
+    """A small decoder trained on the documentation of Python's standard library.
+
+    Args:
+        work: where the trained weights are kept, and looked for.
+        samples: rows of 64 characters.
+        steps: of 32 rows each.
+    """
     text = "\n".join(_doc_strings())
     alphabet = sorted(set(text))
     codes = {c: i for i, c in enumerate(alphabet)}
@@ -213,7 +218,13 @@ def decoder_case(samples: int, steps: int = 900) -> Case:
     cut = len(ids) * 9 // 10 // CONTEXT * CONTEXT
     with seeded(0):
         model = Decoder(len(alphabet))
-        _train_decoder(model, ids[:cut], steps)
+        kept = work / f"decoder-{len(alphabet)}-{len(ids)}-{steps}.safetensors"
+        if kept.exists():
+            model.load_state_dict(load_file(kept))
+        else:
+            _train_decoder(model, ids[:cut], steps)
+            save_file(model.state_dict(), kept)
+        torch.manual_seed(0)
         held = ids[cut:]
         held = held[: len(held) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
         held = held[torch.randperm(len(held))[:samples]]
