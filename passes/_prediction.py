@@ -47,9 +47,8 @@ class Prediction:
     joint: bool
     widths: Sequence[int]
     curvature: Curvature
-    _generator: torch.Generator = field(
-        default_factory=lambda: torch.Generator().manual_seed(0)
-    )
+    _alone_signs: torch.Generator = field(default_factory=lambda: _seeded(0))
+    _joint_signs: torch.Generator = field(default_factory=lambda: _seeded(1))
     _at_width: dict[int, ErrorsAtWidth] = field(
         default_factory=dict[int, ErrorsAtWidth]
     )
@@ -70,7 +69,7 @@ class Prediction:
     def _alone(self, batch: Batch, size: int) -> Tensor:
         """Each edge alone, linearized at identity precision; returns the output."""
         probe, logits = self._run(batch, MeasuredErrors(self.statistics))
-        directions = self._directions(logits)
+        directions = self._directions(logits, self._alone_signs)
         gradients = [
             probe.gradients(logits, direction, last=number == self.draws)
             for number, direction in enumerate(directions, start=1)
@@ -104,14 +103,15 @@ class Prediction:
         gradients = probe.gradients(logits, slope, last=False)
         for edge, products in probe.products(gradients, size).items():
             self.statistics[edge].joint_slope += float(products.double().sum())
-        for number, direction in enumerate(self._directions(logits), start=1):
+        directions = self._directions(logits, self._joint_signs)
+        for number, direction in enumerate(directions, start=1):
             gradients = probe.gradients(logits, direction, last=number == self.draws)
             for edge, products in probe.products(gradients, size).items():
                 square = float(products.double().square().sum())
                 self.statistics[edge].joint_curvature += square / self.draws
 
-    def _directions(self, logits: Tensor) -> Directions:
-        return Directions(logits, self.draws, self.curvature, self._generator)
+    def _directions(self, logits: Tensor, signs: torch.Generator) -> Directions:
+        return Directions(logits, self.draws, self.curvature, signs)
 
     def _run(
         self,

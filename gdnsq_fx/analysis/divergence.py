@@ -112,10 +112,10 @@ def vanishing_divergence(slope: float, curvature: float) -> float:
     """What vanishes of a divergence when the change d that one edge makes is undone.
 
     With g the slope of the divergence D at the quantized output z, and ``d' F d`` half
-    of its curvature along d, to second order ``D(z) - D(z - t d) = t g'd - t^2 d' F d``.
-    At t = 1 that is ``g'd - d' F d``, exact where the divergence is quadratic. Large
-    changes lie beyond the top of the parabola, where the second order says nothing any
-    more; from there on the top itself is taken, ``(g'd)^2 / (4 d' F d)``.
+    of its curvature along d, ``D(z) - D(z - t d)`` is ``t g'd - t^2 d' F d`` to second
+    order. At t = 1 that is ``g'd - d' F d``, exact where the divergence is quadratic.
+    Large changes lie beyond the top of the parabola, where the second order says
+    nothing any more; from there on the top itself is taken, ``(g'd)^2 / (4 d' F d)``.
 
     Args:
         slope: g'd, nats per sample.
