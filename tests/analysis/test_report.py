@@ -530,3 +530,16 @@ def test_graph_is_a_networkx_graph(report: CapacityReport) -> None:
     labels = [d["label"] for _, d in report.graph.nodes(data=True)]
     assert "block.input" in labels
     json.dumps(nx.node_link_data(report.graph, edges="edges"), allow_nan=False)
+
+
+def test_joint_divergence_is_shown_where_names_leave_room(
+    report: CapacityReport,
+) -> None:
+    lines = str(report).splitlines()
+    assert lines[0].split()[-2:] == ["alone", "joint"]
+    for edge, line in zip(report.edges, lines[2:], strict=False):
+        assert edge.name in line and f"{edge.joint_divergence:.1e}" in line
+    assert any(line.startswith("joint: ") for line in lines)
+    edges = tuple(replace(edge, joint_divergence=None) for edge in report.edges)
+    assert "joint" not in str(replace(report, edges=edges))
+    assert "joint" not in str(_widened(report))
