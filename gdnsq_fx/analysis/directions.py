@@ -9,7 +9,9 @@ divergence to second order, and for signs v, ``(S v)' d = v' s``: one backward p
 of |s|^2 lies on the few likeliest classes. Therefore the n signs of a class are a
 column of a Hadamard matrix of order n, times one random sign: the n likeliest classes
 have different columns, which are orthogonal, so that no cross term between them is
-left. The others share columns; their random signs keep the mean right.
+left. The others share columns; their random signs keep the mean right. From position
+to position columns are shifted by one, lest the likeliest classes of all positions
+share theirs.
 
 *Saturation.* Orthogonal columns also tell each s_c itself, hence the change of its
 logit ``d_c - p'd = s_c / sqrt(p_c)``, and with ``q_c`` proportional to
@@ -99,7 +101,10 @@ class Directions:
         columns = (numbers % self.draws).view(shape).expand(logits.shape)
         likeliest = logits.topk(min(self.draws, len(numbers)), dim).indices
         ranks = numbers[: likeliest.shape[dim]].view(shape).expand_as(likeliest)
-        return columns.scatter(dim, likeliest, ranks)
+        columns = columns.scatter(dim, likeliest, ranks)
+        one = logits.select(dim, 0)
+        shifts = torch.arange(one.numel(), device=logits.device).view(one.shape)
+        return (columns + shifts.unsqueeze(dim)) % self.draws
 
     def _saturating(self, products: Tensor) -> Tensor:
         """The divergence of the likeliest classes; s_c^2 of those too unlikely."""
