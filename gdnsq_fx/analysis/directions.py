@@ -59,7 +59,9 @@ class Directions:
         self.logits = logits = logits.detach()
         self.draws = draws
         self.curvature: Curvature = curvature
-        flips = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
+        # Small types: vocabularies are large, and every position has all of it.
+        flips = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8)
+        flips = flips * 2 - 1
         self._flips = flips.to(logits.device)
         self._matrix = hadamard(draws, logits.device)
         self._columns = self._assigned()
@@ -92,18 +94,18 @@ class Directions:
         """The column of each output: by rank for the likeliest, else by number."""
         logits = self.logits
         if self.curvature == "identity":
-            numbers = torch.arange(logits.numel(), device=logits.device)
+            numbers = _numbers(logits.numel(), logits)
             return numbers.view(logits.shape) % self.draws
         dim = class_dim(logits)
         shape = [1] * logits.ndim
         shape[dim] = -1
-        numbers = torch.arange(logits.shape[dim], device=logits.device)
+        numbers = _numbers(logits.shape[dim], logits)
         columns = (numbers % self.draws).view(shape).expand(logits.shape)
         likeliest = logits.topk(min(self.draws, len(numbers)), dim).indices
         ranks = numbers[: likeliest.shape[dim]].view(shape).expand_as(likeliest)
         columns = columns.scatter(dim, likeliest, ranks)
         one = logits.select(dim, 0)
-        shifts = torch.arange(one.numel(), device=logits.device).view(one.shape)
+        shifts = _numbers(one.numel(), logits).view(one.shape)
         return (columns + shifts.unsqueeze(dim)) % self.draws
 
     def _saturating(self, products: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class Directions:
         rows = products.shape[1]
         logits = self.logits.reshape(rows, -1).double()
         chosen = logits.topk(min(self.draws, logits.shape[1]), 1).indices
-        columns = self._columns.reshape(rows, -1).gather(1, chosen)
+        columns = self._columns.reshape(rows, -1).gather(1, chosen).long()
         flips = self._flips.reshape(rows, -1).gather(1, chosen)
         p = torch.softmax(logits, 1).gather(1, chosen)
         s = (products.T @ self._matrix.double() / self.draws).gather(1, columns) * flips
@@ -122,6 +124,10 @@ class Directions:
         second = torch.where(known, 0.0, s.square()).sum(1)
         missing = (p * d).sum(1).square()
         return ((q - p) * d).sum(1).clamp(min=0.0) + missing + second
+
+
+def _numbers(count: int, logits: Tensor) -> Tensor:
+    return torch.arange(count, device=logits.device, dtype=torch.int32)
 
 
 def hadamard(order: int, device: torch.device) -> Tensor:
