@@ -40,8 +40,8 @@ linearizing there is worse than at floating point. Infinitely many draws at seco
 give .983 .81 (digits), .987 .86 (decoder) and .983 1.0 (ResNet-20): at 2 bits noise of
 the draws is the smaller part. At 8 bits it is all of it on the digits and the decoder,
 and hardly any on ResNet-20 (.958 with 16 draws, .959 with infinitely many, 1.000 with
-the true change of the logits): few samples are near a decision and make up the sum, and
-on those the first order is off by some 15 %. The exact divergence of the
+the true change of the logits). There 20 of the 256 samples make up 73 % of the sum,
+and the first order leaves a scatter of 15 % in predicted / measured. The exact divergence of the
 linearized logits gives .985 .98, .988 .85 and .988 1.0, which saturation reaches from
 the same four backward passes. Single edges tried on a few samples each, in five more
 forward passes, and merged with the second order give .988 1.3, .989 .99 and .983 1.1.
