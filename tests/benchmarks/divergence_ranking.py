@@ -43,8 +43,9 @@ and hardly any on ResNet-20 (.958 with 16 draws, .959 with infinitely many, 1.00
 the true change of the logits). There 20 of the 256 samples make up 73 % of the sum,
 and the first order leaves a scatter of 15 % in predicted / measured. The exact
 divergence of the linearized logits gives .985 .98, .988 .85 and .988 1.0 at 2 bits,
-which saturation reaches from the same four backward passes. Single edges tried on a few samples each, in five more
-forward passes, and merged with the second order give .988 1.3, .989 .99 and .983 1.1.
+which saturation reaches from the same four backward passes. Single edges tried on a few
+samples each, in five more forward passes, and merged with the second order give .988
+1.3, .989 .99 and .983 1.1.
 """
 
 from __future__ import annotations
