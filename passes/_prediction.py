@@ -125,3 +125,7 @@ class Prediction:
         args, kwargs = cloned((batch.args, batch.kwargs))
         with torch.set_grad_enabled(grad):
             return probe, primary_output(probe.run_all(args, kwargs))
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
