@@ -119,6 +119,7 @@ def analyze(
     curvature: Curvature = "softmax",
     joint: bool = True,
     widths: Sequence[int] = (),
+    advice: bool = True,
 ) -> CapacityReport:
     """Measure where quantization costs information; the model is left as it was.
 
@@ -130,13 +131,14 @@ def analyze(
         curvature: ``softmax`` where outputs are logits, ``identity`` for regression.
         joint: predict what each edge costs in the quantized model as well.
         widths: predict each edge at these bit-widths too (``divergence_at``).
+        advice: predict each edge at one bit more (``report.advice``).
 
     Raises:
         CalibrationError: no batch. PassError: not a prepared model.
     """
     inputs = model_facts(qmodel).inputs
     analysis = AnalyzeCapacity(
-        batches, inputs, draws, confirm, curvature, joint, widths
+        batches, inputs, draws, confirm, curvature, joint, widths, advice
     )
     run_passes(qmodel, (analysis,))
     return build_report(qmodel)
@@ -170,7 +172,9 @@ def allocate(
     """
     if not widths:
         raise ConfigError("allocate needs at least one bit-width to choose from")
-    analyze(qmodel, batches, draws=draws, curvature=curvature, widths=widths)
+    analyze(
+        qmodel, batches, draws=draws, curvature=curvature, joint=False, widths=widths
+    )
     return best_allocation(divergences_at(qmodel), CostModel.of(qmodel), budget)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from gdnsq_fx.analysis.directions import Directions
 from gdnsq_fx.analysis.divergence import Curvature, divergence_slope, primary_output
 from gdnsq_fx.analysis.edge_errors import (
-    ErrorsAtWidth,
+    ErrorsAt,
     ErrorSource,
     MeasuredErrors,
     error_now,
@@ -20,9 +20,12 @@ from gdnsq_fx.analysis.edge_errors import (
 from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
 from gdnsq_fx.inputs import Batch, batch_size
 from gdnsq_fx.sites import bit_width
+from gdnsq_fx.spec import MAX_BITS
 from gdnsq_fx.state import cloned
 
 from ._probe import EdgeProbe
+
+Products = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Prediction:
     Attributes:
         graph_module: prepared, in evaluation.
         statistics: of every edge, by name.
-        draws, joint, widths, curvature: as in `AnalyzeCapacity`.
+        draws, joint, widths, advice, curvature: as in `AnalyzeCapacity`.
     """
 
     graph_module: GraphModule
@@ -46,17 +49,20 @@ class Prediction:
     draws: int
     joint: bool
     widths: Sequence[int]
+    advice: bool
     curvature: Curvature
     _alone_signs: torch.Generator = field(default_factory=lambda: _seeded(0))
     _joint_signs: torch.Generator = field(default_factory=lambda: _seeded(1))
-    _at_width: dict[int, ErrorsAtWidth] = field(
-        default_factory=dict[int, ErrorsAtWidth]
-    )
+    _raised: list[ErrorsAt] = field(default_factory=list[ErrorsAt])
+    _at_width: list[ErrorsAt] = field(default_factory=list[ErrorsAt])
 
     def __post_init__(self) -> None:
         bits = {name: bit_width(s.levels) for name, s in self.statistics.items()}
         for width in self.widths:
-            self._at_width[width] = ErrorsAtWidth(width, bits)
+            self._at_width.append(ErrorsAt(dict.fromkeys(bits, width), bits))
+        if self.advice and not self.widths:
+            more = {name: min(b + 1, MAX_BITS) for name, b in bits.items()}
+            self._raised.append(ErrorsAt(more, bits))
 
     def add(self, batch: Batch) -> int:
         """Measure and predict on one batch; returns its number of samples."""
@@ -68,37 +74,43 @@ class Prediction:
 
     def _alone(self, batch: Batch, size: int) -> Tensor:
         """Each edge alone, linearized at identity precision; returns the output."""
-        probe, logits = self._run(batch, MeasuredErrors(self.statistics))
+        sources = [MeasuredErrors(self.statistics), *self._raised]
+        probe, logits = self._run(batch, sources)
         directions = self._directions(logits, self._alone_signs)
-        gradients = [
-            probe.gradients(logits, direction, last=number == self.draws)
-            for number, direction in enumerate(directions, start=1)
-        ]
-        self._predict(probe, gradients, size, directions, None)
+        drawn: list[list[Products]] = [[] for _ in sources]
+        kept: list[Sequence[Tensor | None]] = []
+        for number, direction in enumerate(directions, start=1):
+            gradients = probe.gradients(logits, direction, last=number == self.draws)
+            for index, products in enumerate(drawn):
+                products.append(probe.products(gradients, size, index))
+            if self._at_width:
+                kept.append(gradients)
+        self._predict(drawn[0], directions, None)
+        for errors, products in zip(self._raised, drawn[1:], strict=True):
+            self._predict(products, directions, errors.widths)
         del probe  # its errors make room for those at another width
-        for width, errors in self._at_width.items():
-            with torch.no_grad():
-                other, _ = self._run(batch, errors, grad=False)
-            self._predict(other, gradients, size, directions, width)
+        for errors in self._at_width:
+            other, _ = self._run(batch, [errors], grad=False)
+            products = [other.products(gradients, size) for gradients in kept]
+            self._predict(products, directions, errors.widths)
         return logits.detach()
 
     def _predict(
         self,
-        probe: EdgeProbe,
-        gradients: Sequence[Sequence[Tensor | None]],
-        size: int,
+        drawn: Sequence[Products],
         directions: Directions,
-        width: int | None,
+        widths: Mapping[str, int] | None,
     ) -> None:
-        drawn = [probe.products(one, size) for one in gradients]
+        """Add to the statistics what the products of all draws predict."""
         for edge in drawn[0]:
             products = torch.stack([products[edge] for products in drawn])
             divergences = directions.divergences(products)
+            width = None if widths is None else widths[edge]
             self.statistics[edge].add_divergence(divergences, width)
 
     def _together(self, batch: Batch, size: int, reference: Tensor) -> None:
         """All edges quantized: slope and curvature of the divergence along each."""
-        probe, logits = self._run(batch, error_now, joint=True)
+        probe, logits = self._run(batch, [error_now], joint=True)
         slope = divergence_slope(logits, reference, self.curvature)
         gradients = probe.gradients(logits, slope, last=False)
         for edge, products in probe.products(gradients, size).items():
@@ -116,12 +128,12 @@ class Prediction:
     def _run(
         self,
         batch: Batch,
-        error_of: ErrorSource | Callable[..., Tensor],
+        sources: Sequence[ErrorSource],
         *,
         joint: bool = False,
         grad: bool = True,
     ) -> tuple[EdgeProbe, Tensor]:
-        probe = EdgeProbe(self.graph_module, error_of, joint=joint)
+        probe = EdgeProbe(self.graph_module, sources, joint=joint)
         args, kwargs = cloned((batch.args, batch.kwargs))
         with torch.set_grad_enabled(grad):
             return probe, primary_output(probe.run_all(args, kwargs))

@@ -21,15 +21,22 @@ from gdnsq_fx.annotations import facts
 from gdnsq_fx.nested import nested_graphs
 from gdnsq_fx.operands import Operand
 from gdnsq_fx.opinfo import OpInfo
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from gdnsq_fx.quantize.quantizer import (
+    ActivationQuantizer,
+    Quantizer,
+    WeightQuantizer,
+)
 from gdnsq_fx.sites import sites
 
 from ._base import placeholder_values
 from ._nested_calls import run_by
 
+# A tensor that gradients are taken for, the errors of the sources, the edge.
+Probe = tuple[Tensor, list[Tensor], str]
+
 
 class EdgeProbe(Interpreter):
-    """Runs the graph; notes ``(tensor, error, edge)`` wherever a quantizer acts.
+    """Runs the graph; notes a `Probe` wherever a quantizer acts.
 
     An activation edge is probed at the quantizer, a weight edge at the output of the
     operation that reads it, where its error has the effect ``op(x, weight error)``.
@@ -40,26 +47,26 @@ class EdgeProbe(Interpreter):
 
     Args:
         graph_module: a prepared one.
-        error_of: gives the error of each value that reaches a quantizer.
+        sources: each gives an error of every value that reaches a quantizer.
         joint: run with every edge quantized, gradients passing straight through,
-            instead of at identity precision.
+            instead of at identity precision; with the errors of the first source.
         probes: the list to add to.
     """
 
     def __init__(
         self,
         graph_module: GraphModule,
-        error_of: ErrorSource,
+        sources: Sequence[ErrorSource],
         *,
         joint: bool = False,
-        probes: list[tuple[Tensor, Tensor, str]] | None = None,
+        probes: list[Probe] | None = None,
     ) -> None:
         super().__init__(graph_module)
-        self.error_of = error_of
+        self.sources = sources
         self.joint = joint
         self.probes = [] if probes is None else probes
         self._inside: set[str] = set()
-        self._errors: dict[Node, tuple[str, Any]] = {}
+        self._errors: dict[Node, tuple[str, list[Any]]] = {}
 
     def run_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the graph, with the graphs inside it probed as well."""
@@ -73,7 +80,7 @@ class EdgeProbe(Interpreter):
     def _run_inside(
         self, graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        probe = EdgeProbe(graph, self.error_of, joint=self.joint, probes=self.probes)
+        probe = EdgeProbe(graph, self.sources, joint=self.joint, probes=self.probes)
         return probe.run(*placeholder_values(graph, args, kwargs))
 
     def run_node(self, n: Node) -> Any:
@@ -108,7 +115,7 @@ class EdgeProbe(Interpreter):
         )
 
     def products(
-        self, gradients: Sequence[Tensor | None], batch: int
+        self, gradients: Sequence[Tensor | None], batch: int, source: int = 0
     ) -> Mapping[str, Tensor]:
         """Inner product of gradient and error of each edge, ``[batch]`` or ``[1]``.
 
@@ -117,11 +124,11 @@ class EdgeProbe(Interpreter):
         add up over all of them, which has the same mean.
         """
         products: dict[str, Tensor] = {}
-        for (_, error, edge), gradient in zip(self.probes, gradients, strict=True):
+        for (_, errors, edge), gradient in zip(self.probes, gradients, strict=True):
             if gradient is None:
                 continue
             leading = 1 if edge in self._inside else batch
-            product = sample_products(gradient, error, leading)
+            product = sample_products(gradient, errors[source], leading)
             known = products.get(edge)
             if known is None:
                 products[edge] = product
@@ -141,26 +148,30 @@ class EdgeProbe(Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(node)
         return args[0]
 
+    def _errors_of(self, quantizer: Quantizer, value: Tensor) -> list[Tensor]:
+        return [source(quantizer, value.detach()) for source in self.sources]
+
     def _weight(self, node: Node, quantizer: WeightQuantizer) -> Tensor:
         weight = self._input(node)
-        error = self.error_of(quantizer, weight.detach())
-        self._errors[node] = (quantizer.edge, error)
-        return weight + error if self.joint else weight
+        errors = self._errors_of(quantizer, weight)
+        self._errors[node] = (quantizer.edge, list(errors))
+        return weight + errors[0] if self.joint else weight
 
     def _activation(self, node: Node, quantizer: ActivationQuantizer) -> Tensor:
         value = self._input(node)
-        error = self.error_of(quantizer, value.detach())
+        errors = self._errors_of(quantizer, value)
         probe = _probed(value.clone())
-        self.probes.append((probe, error, quantizer.edge))
-        return probe + error if self.joint else probe
+        self.probes.append((probe, errors, quantizer.edge))
+        return probe + errors[0] if self.joint else probe
 
     @torch.no_grad()
     def _view(self, node: Node, op: OpInfo) -> None:
-        """A view of a weight has the same view of its error."""
+        """A view of a weight has the same view of its errors."""
         (operand,) = op.operands(op.bind(node))
         if operand.value in self._errors:
-            edge, error = self._errors[operand.value]
-            self._errors[node] = (edge, self._run_with(node, op, operand, error))
+            edge, errors = self._errors[operand.value]
+            viewed = [self._run_with(node, op, operand, error) for error in errors]
+            self._errors[node] = (edge, viewed)
 
     def _output(self, node: Node, op: OpInfo, value: Any) -> Any:
         """Probe each tensor of the output for each weight that the node reads."""
@@ -171,9 +182,12 @@ class EdgeProbe(Interpreter):
         for operand in op.operands(op.bind(node)):
             if not isinstance(operand.value, Node) or operand.value not in self._errors:
                 continue
-            edge, error = self._errors[operand.value]
-            effect = tree_leaves(self._effect(node, op, operand, error, value))
-            self.probes += [(leaves[i], effect[i], edge) for i in places]
+            edge, errors = self._errors[operand.value]
+            effects = [
+                tree_leaves(self._effect(node, op, operand, error, value))
+                for error in errors
+            ]
+            self.probes += [(leaves[i], [e[i] for e in effects], edge) for i in places]
         for place in places:
             leaves[place] = leaves[place].clone()
         return tree_unflatten(leaves, structure)

@@ -55,6 +55,7 @@ class AnalyzeCapacity(Pass):
         joint: predict (and where confirmed, measure) what each edge costs in the model
             with every edge quantized.
         widths: bit-widths at which to predict the divergence of each edge alone.
+        advice: predict it at one bit more as well, unless ``widths`` are given.
     """
 
     batches: Iterable[object]
@@ -64,6 +65,7 @@ class AnalyzeCapacity(Pass):
     curvature: Curvature = "softmax"
     joint: bool = True
     widths: Sequence[int] = ()
+    advice: bool = True
 
     def __post_init__(self) -> None:
         if self.draws < 1 or self.draws & (self.draws - 1):
@@ -94,7 +96,13 @@ class AnalyzeCapacity(Pass):
         with preserved_state(graph_module):
             graph_module.eval()
             prediction = Prediction(
-                graph_module, found, self.draws, self.joint, self.widths, self.curvature
+                graph_module,
+                found,
+                self.draws,
+                self.joint,
+                self.widths,
+                self.advice,
+                self.curvature,
             )
             for one in self.batches:
                 batch = self.inputs.split(one)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gdnsq_fx.analysis.edge_report import EdgeReport
+from gdnsq_fx.analysis.notation import quantity
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Step:
         return (
             f"raise {self.edge} to {self.raised_bits} bits: divergence "
             f"{self.divergence:.2e} -> {self.raised_divergence:.2e}, "
-            f"+{self.extra_bytes:,} bytes, +{self.extra_bops:,} BOPs"
+            f"+{quantity(self.extra_bytes, 'B')}, +{quantity(self.extra_bops, 'BOP')}"
         )
 
 

@@ -41,28 +41,29 @@ class MeasuredErrors:
         return error_now(quantizer, value)
 
 
-class ErrorsAtWidth:
-    """The errors at one bit-width; levels are placed on the first value met.
+class ErrorsAt:
+    """The errors at other bit-widths; levels are placed on the first value met.
 
-    An edge that stands at this width already keeps its levels.
+    An edge that stands at its width already keeps its levels.
 
     Args:
-        bits: the width.
+        widths: of every edge, by name.
         hard_bits: of every edge, now.
     """
 
-    def __init__(self, bits: int, hard_bits: Mapping[str, int]) -> None:
-        self.bits = bits
+    def __init__(self, widths: Mapping[str, int], hard_bits: Mapping[str, int]) -> None:
+        self.widths = widths
         self._hard_bits = hard_bits
         self._placed: dict[str, Quantizer] = {}
 
     @torch.no_grad()
     def __call__(self, quantizer: Quantizer, value: Tensor) -> Tensor:
         """The error of one value."""
-        if self._hard_bits[quantizer.edge] == self.bits:
+        edge = quantizer.edge
+        if self._hard_bits[edge] == self.widths[edge]:
             return error_now(quantizer, value)
-        placed = self._placed.get(quantizer.edge)
+        placed = self._placed.get(edge)
         if placed is None:
-            placed = at_width(quantizer, value, self.bits)
-            self._placed[quantizer.edge] = placed
+            placed = at_width(quantizer, value, self.widths[edge])
+            self._placed[edge] = placed
         return error_now(placed, value)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from gdnsq_fx.analysis.advice import best_per_bop, best_per_byte, next_steps
 from gdnsq_fx.analysis.chart_figures import dynamics_figure, profile_figure
 from gdnsq_fx.analysis.cuts import MinimumCut
 from gdnsq_fx.analysis.dynamics import CapacityTracker
@@ -18,6 +19,11 @@ from gdnsq_fx.analysis.notation import quantity
 from gdnsq_fx.analysis.profile import Position
 
 SHOWN_VALUES = 4  # of a cut; the drawing shows all
+SHOWN_STEPS = 5
+_STEPS = (
+    "Each edge raised by one bit alone, those first that save most of the predicted "
+    "divergence. gdnsq_fx.allocate chooses the bits of all edges for a budget."
+)
 _NETWORK = (
     "Squares are operations, coloured by the weights they read; circles are quantized "
     "activations; diamonds join several values; grey is in floating point. The colour "
@@ -64,6 +70,7 @@ def html_page(
     ]
     table = _section("Edges", _TABLE, edge_table(report.edges, slack))
     sections.insert(2, table)
+    sections.insert(3, _advice(report))
     if history is not None:
         sections.append(_rises(history))
     body = "\n".join([_cards(report), *sections, _skipped(report)])
@@ -135,6 +142,26 @@ def _cut_card(name: str, cut: MinimumCut | None) -> list[tuple[str, str]]:
     return [
         (quantity(cut.bits, "bit"), f"{name}: {cut.share:.1%} of floats, at {values}")
     ]
+
+
+def _advice(report: Findings) -> str:
+    """The steps that save most, and the best for bytes and for bit operations."""
+    steps = next_steps(report.edges)
+    named = {
+        best_per_byte(steps): "most for each byte",
+        best_per_bop(steps): "most for each bit operation",
+    }
+    chosen = [*steps[:SHOWN_STEPS], *(s for s in named if s not in steps[:SHOWN_STEPS])]
+    items = "".join(
+        f"<li>{escape(str(step))}"
+        + (f" <b>({named[step]})</b>" if step in named else "")
+        + "</li>"
+        for step in chosen
+        if step is not None
+    )
+    if not items:
+        return ""
+    return _section("What the next bit buys", _STEPS, f"<ul>{items}</ul>")
 
 
 def _rises(history: CapacityTracker) -> str:

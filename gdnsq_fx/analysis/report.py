@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 from torch.fx import GraphModule
 
+from gdnsq_fx.analysis.advice import Step, next_steps
 from gdnsq_fx.analysis.bars import printable, prints_colour
 from gdnsq_fx.analysis.coverage import Coverage, Totals, coverage_of, totals_of
 from gdnsq_fx.analysis.cuts import MinimumCut, capacity_graph, minimum_cut
@@ -61,6 +62,11 @@ class CapacityReport:
         of the minimum cut, by name; 0 in the cut. Weights do not flow and have none."""
         return slack_of(self.graph)
 
+    @cached_property
+    def advice(self) -> tuple[Step, ...]:
+        """What raising each edge to its next width buys and costs, most gain first."""
+        return next_steps(self.edges)
+
     def __str__(self) -> str:
         return printable(self.to_text(colour=prints_colour()))
 
@@ -77,10 +83,11 @@ class CapacityReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the graph, JSON-able."""
         return {
-            "edges": [{**asdict(e), "shape": list(e.shape)} for e in self.edges],
+            "edges": [_edge_dict(edge) for edge in self.edges],
             "minimum_cut": _cut_dict(self.cut),
             "relative_cut": _cut_dict(self.relative_cut),
             "slack": self.slack,
+            "advice": [asdict(step) for step in self.advice],
             "profile": [{**asdict(p), "share": p.share} for p in self.profile],
             "totals": asdict(self.totals),
             "coverage": asdict(self.coverage),
@@ -139,6 +146,12 @@ class CapacityReport:
             self.coverage,
             self.graph,
         )
+
+
+def _edge_dict(edge: EdgeReport) -> dict[str, Any]:
+    """JSON has lists instead of tuples, and names instead of numbers as keys."""
+    at = {str(width): value for width, value in edge.divergence_at.items()}
+    return {**asdict(edge), "shape": list(edge.shape), "divergence_at": at}
 
 
 def _cut_dict(cut: MinimumCut | None) -> dict[str, Any] | None:

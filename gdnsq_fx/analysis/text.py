@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from textwrap import wrap
 
+from gdnsq_fx.analysis.advice import best_per_bop, best_per_byte, next_steps
 from gdnsq_fx.analysis.cuts import MinimumCut
 from gdnsq_fx.analysis.edge_report import Findings
 from gdnsq_fx.analysis.notation import quantity, shortened
@@ -11,6 +12,7 @@ from gdnsq_fx.analysis.text_table import JOINT, MARK, edge_table
 
 WIDTH = 100
 SHOWN_VALUES = 6  # of a cut
+_INDENT = " " * 13
 _NOTES = (
     "capacity, entropy: bits per sample; SQNR: dB; alone: predicted Jeffreys "
     "divergence,",
@@ -35,7 +37,7 @@ def report_text(report: Findings, limit: int | None, colour: bool = False) -> st
     more = [f"... and {hidden} more edges (to_text(limit=None))"] if hidden else []
     table, headers = edge_table(shown, WIDTH, colour)
     notes = [*_NOTES, *([_JOINT_NOTE] if JOINT in headers else [])]
-    summary = [*_summary(report), *_skipped(report)]
+    summary = [*_summary(report), *_advice(report), *_skipped(report)]
     return "\n".join([*table, *more, "", *notes, "", *summary])
 
 
@@ -54,6 +56,18 @@ def _summary(report: Findings) -> list[str]:
         f"than 32-bit), {quantity(totals.macs, 'MAC')}",
         f"coverage     {100 * coverage.macs:.1f}% of MACs, "
         f"{100 * coverage.weights:.1f}% of weights quantized",
+    ]
+
+
+def _advice(report: Findings) -> list[str]:
+    """The best next step for its bytes, and for its bit operations."""
+    steps = next_steps(report.edges)
+    best = {"per byte": best_per_byte(steps), "per BOP": best_per_bop(steps)}
+    if best["per byte"] == best["per BOP"]:
+        best = {"next bit": best["per byte"]}
+    lines = [f"{unit:<13}{step}" for unit, step in best.items() if step is not None]
+    return [
+        part for line in lines for part in wrap(line, WIDTH, subsequent_indent=_INDENT)
     ]
 
 

@@ -138,9 +138,21 @@ def test_divergence_at_each_width_is_what_a_model_of_that_width_predicts() -> No
     assert all(site.quantizer.spec.bits == 3 for site in sites(qmodel))
 
 
-def test_widths_are_off_by_default_and_checked() -> None:
+def test_one_bit_more_is_predicted_by_default_as_any_width_is() -> None:
     qmodel = _prepared(3)
-    assert all(edge.divergence_at == {} for edge in _edges(qmodel).values())
+    raised = {name: edge.divergence_at for name, edge in _edges(qmodel).items()}
+    asked = gdnsq_fx.analyze(qmodel, _batches(), widths=(4, 9)).edges
+    for edge in asked:
+        assert raised[edge.name] == {
+            edge.bits + 1: pytest.approx(edge.divergence_at[edge.bits + 1], rel=1e-6)
+        }
+    without = gdnsq_fx.analyze(qmodel, _batches(), advice=False)
+    assert without.advice == ()
+    assert all(edge.divergence_at == {} for edge in without.edges)
+
+
+def test_widths_are_checked() -> None:
+    qmodel = _prepared(3)
     for widths in ((0,), (17,)):
         with pytest.raises(ConfigError, match="widths must lie between 1 and 16"):
             gdnsq_fx.analyze(qmodel, _batches(), widths=widths)

@@ -95,7 +95,7 @@ def confirmed() -> CapacityReport:
 def test_dict_has_what_the_issue_lists(report: CapacityReport) -> None:
     found = report.to_dict()
     assert set(found) == {
-        "edges", "minimum_cut", "relative_cut", "slack", "profile", "totals",
+        "edges", "minimum_cut", "relative_cut", "slack", "profile", "advice", "totals",
         "coverage",
     }  # fmt: skip
     for edge in found["edges"]:
