@@ -38,8 +38,9 @@ def at_width(quantizer: Quantizer, value: Tensor, bits: int) -> Quantizer:
     elif isinstance(placed, ActivationQuantizer):
         observer = Observer(placed.edge)
         observer.add(_sample(value))
-        met = placed.observed
-        observer.add(met[torch.isfinite(met)])
+        low, high = placed.observed.tolist()
+        observer.low = min(observer.low, low)
+        observer.high = max(observer.high, high)
         observer.place(placed)
     return placed
 

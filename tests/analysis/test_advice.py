@@ -11,7 +11,7 @@ from gdnsq_fx.analysis.advice import best_per_bop, best_per_byte, next_steps
 from gdnsq_fx.analysis.report import CapacityReport
 from gdnsq_fx.passes import AssignBits, Calibrate
 
-_X = torch.randn(64, 12)
+_X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_costs_are_what_raising_the_edge_really_costs(
         assert step.extra_bytes == after.totals.size_bytes - report.totals.size_bytes
         found = {edge.name: edge for edge in after.edges}[step.edge]
         assert found.predicted_divergence == pytest.approx(
-            step.raised_divergence, rel=0.1
+            step.raised_divergence, rel=1e-5
         )
 
 
