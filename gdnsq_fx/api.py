@@ -6,7 +6,6 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,6 @@ from gdnsq_fx.analysis.divergence import Curvature
 from gdnsq_fx.analysis.report import CapacityReport, build_report, divergences_at
 from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
 from gdnsq_fx.budget import Budget
-from gdnsq_fx.capture.capture import capture
 from gdnsq_fx.deploy import checkpoint
 from gdnsq_fx.errors import (
     ConfigError,
@@ -27,23 +25,23 @@ from gdnsq_fx.errors import (
     PassError,
     PatternError,
 )
-from gdnsq_fx.inputs import ExampleInput, InputStructure, check_device
+from gdnsq_fx.inputs import ExampleInput, InputStructure
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.passes import (
     AnalyzeCapacity,
-    AnnotateOperations,
     AssignBits,
     Calibrate,
-    ExposeWeights,
-    FoldBatchNorm,
     FreezeQuantizers,
-    InsertQuantizers,
     LowerToInteger,
-    Pass,
-    PropagateShapes,
     release_masks,
     run_passes,
+)
+from gdnsq_fx.preparation import (
+    captured_model,
+    checked_config,
+    insertion_passes,
+    warn_of_meta,
 )
 from gdnsq_fx.sites import require_quantizers
 from gdnsq_fx.spec import QuantConfig
@@ -86,7 +84,7 @@ def prepare(
         PassError: the model is prepared already, or BatchNorm is to be folded while
             the model is in training.
     """
-    config = _checked_config(config)
+    config = checked_config(config)
     if isinstance(model, GraphModule) and KEY in getattr(model, "meta", {}):
         raise PassError(
             "the model was prepared or converted before; prepare the original model"
@@ -94,9 +92,9 @@ def prepare(
     inputs = InputStructure.of(example_input)
     facts = ModelFacts(config, inputs, fold_batch_norm)
     if is_on_meta(model):
-        captured = _captured(model, example_input, facts, table, inplace=inplace)
-        _warn_of_meta(calibration)
-        return run_passes(captured, _insertion(example_input, facts, table))
+        captured = captured_model(model, example_input, facts, table, inplace=inplace)
+        warn_of_meta(calibration)
+        return run_passes(captured, insertion_passes(example_input, facts, table))
     if calibration is None:
         calibration = [example_input]
         warnings.warn(
@@ -104,8 +102,8 @@ def prepare(
             "pass calibration=batches of real data",
             stacklevel=2,
         )
-    captured = _captured(model, example_input, facts, table, inplace=inplace)
-    insertion = _insertion(example_input, facts, table)
+    captured = captured_model(model, example_input, facts, table, inplace=inplace)
+    insertion = insertion_passes(example_input, facts, table)
     calibrate = Calibrate(calibration, inputs, example_input)
     return run_passes(captured, (*insertion, calibrate))
 
@@ -259,68 +257,13 @@ def load(
     facts = ModelFacts(
         contents.config, InputStructure.of(example_input), contents.folded
     )
-    captured = _captured(
+    captured = captured_model(
         model, example_input, facts, table, opaque=contents.opaque
     ).eval()
     try:
-        skeleton = run_passes(captured, _insertion(example_input, facts, table))
+        skeleton = run_passes(captured, insertion_passes(example_input, facts, table))
     except (NothingToQuantizeError, NotQuantizedError, PatternError) as error:
         raise checkpoint.other_model(contents, str(error)) from error
     release_masks(skeleton, contents.masks)
     checkpoint.place_levels(skeleton, contents)
     return checkpoint.fill(convert(skeleton), contents)
-
-
-def _warn_of_meta(calibration: Iterable[Any] | None) -> None:
-    if calibration is not None:
-        raise ConfigError(
-            "a model on the meta device has no values to calibrate with; leave "
-            "calibration out and run gdnsq_fx.passes.Calibrate once it has weights"
-        )
-    warnings.warn(
-        "the model is on the meta device: its quantizers are not calibrated; load the "
-        "weights, then run gdnsq_fx.passes.Calibrate",
-        stacklevel=3,
-    )
-
-
-def _checked_config(config: object) -> QuantConfig:
-    if config is None:
-        return QuantConfig()
-    if not isinstance(config, QuantConfig):
-        raise ConfigError(
-            f"config must be a QuantConfig, got {config!r}; write "
-            "gdnsq_fx.QuantConfig(weight_bits=2, act_bits=2)"
-        )
-    return config
-
-
-def _captured(
-    model: nn.Module,
-    example_input: ExampleInput,
-    facts: ModelFacts,
-    table: OpTable,
-    *,
-    inplace: bool = False,
-    opaque: Mapping[str, str] = MappingProxyType({}),
-) -> GraphModule:
-    """The graph of a copy of the model (or of itself), with its facts."""
-    args, kwargs = facts.inputs.args_kwargs(example_input)
-    check_device(model, args, kwargs)
-    captured = capture(model, args, kwargs, table, inplace=inplace, opaque=opaque)
-    captured.meta[KEY] = facts
-    return captured
-
-
-def _insertion(
-    example_input: ExampleInput, facts: ModelFacts, table: OpTable
-) -> tuple[Pass, ...]:
-    """The passes from a captured graph to one with quantizers."""
-    args, kwargs = facts.inputs.args_kwargs(example_input)
-    return (
-        AnnotateOperations(table),
-        ExposeWeights(table),
-        PropagateShapes(args, kwargs),
-        *((FoldBatchNorm(),) if facts.folded else ()),
-        InsertQuantizers(facts.config),
-    )

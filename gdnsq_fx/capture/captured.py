@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from gdnsq_fx.capture.pickled import PickledByNodes
-from gdnsq_fx.capture.recorder import Specialization
+from gdnsq_fx.capture.specialized import Specialization
 from gdnsq_fx.state import preserved_modes
 
 _KEY = "gdnsq_fx.capture"

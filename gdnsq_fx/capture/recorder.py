@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,11 +21,10 @@ from gdnsq_fx.capture.calls import (
     is_tensor_attribute,
     spelled,
 )
-from gdnsq_fx.capture.data_readers import Function, reader_above
 from gdnsq_fx.capture.ledger import Ledger
-from gdnsq_fx.capture.location import calling_line, in_torch
 from gdnsq_fx.capture.opened import OPENED_FUNCTIONS
 from gdnsq_fx.capture.scalars import TracedFloat, TracedInt, plain, traced
+from gdnsq_fx.capture.specialized import Specializations
 from gdnsq_fx.capture.values import Untraceable
 
 # Results without tensors that the graph computes anew instead of keeping them.
@@ -50,22 +48,6 @@ _DATA_SIZED = frozenset({"nonzero", "argwhere", "unique", "unique_consecutive"})
 _STATE = frozenset({"_set_grad_enabled", "set_grad_enabled"})
 
 
-@dataclass(frozen=True)
-class Specialization:
-    """A value that the graph keeps as it was on the example input.
-
-    Attributes:
-        kind: ``branch`` (a comparison of sizes), ``number`` (a size made a plain
-            number), ``data`` (a value read from a tensor) or ``argument``.
-        value: what it was, as text.
-        source: ``file.py:line`` of the model.
-    """
-
-    kind: str
-    value: str
-    source: str
-
-
 class Recorder(TorchFunctionMode):
     """Sees every torch function that runs while it is entered, and adds a node for it.
 
@@ -79,8 +61,6 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         specialized: what the graph keeps as it was on the example.
-        readers: paths of modules whose own code reads data.
-        reader_functions: functions that read the data among what is fixed.
         hidden: a call runs that is one node.
     """
 
@@ -93,10 +73,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.fake = fake
         self.ledger = Ledger(root, fake is not None, constants)
-        self.specialized: list[Specialization] = []
-        self.readers: set[str] = set()  # modules whose own code reads data
-        self.reader_functions: list[Function] = []
-        self._from_data: set[Node] = set()  # numbers that hang on what tensors hold
+        self.specialized = Specializations()
         self.hidden = False
         self._active = True
 
@@ -206,7 +183,7 @@ class Recorder(TorchFunctionMode):
         if not isinstance(value, tuple | list):
             self.ledger.numbers[node] = value
             if read:
-                self._from_data.add(node)
+                self.specialized.mark_from_data(node)
             return traced(value, node, self)
         items = cast(tuple[Any, ...], value)
         part = self.ledger.part
@@ -223,15 +200,10 @@ class Recorder(TorchFunctionMode):
             self.specialize("data", value)
         return value
 
-    def _note_function(self) -> None:
-        function = reader_above()
-        if function is not None:
-            self.reader_functions.append(function)
-
     def _note_reader(self) -> None:
         scopes = list(self.ledger.scopes.values())
         if scopes and self._active:
-            self.readers.add(scopes[-1][0])
+            self.specialized.modules.add(scopes[-1][0])
 
     # --- what others record ----------------------------------------------------------
 
@@ -246,8 +218,8 @@ class Recorder(TorchFunctionMode):
         except Untraceable:
             return value
         self.ledger.numbers[node] = value
-        if any(map(self._is_from_data, args)):
-            self._from_data.add(node)
+        if any(map(self.specialized.is_from_data, args)):
+            self.specialized.mark_from_data(node)
         return traced(value, node, self)
 
     def number(self, function: Callable[..., Any], source: Any, value: Any) -> None:
@@ -260,20 +232,10 @@ class Recorder(TorchFunctionMode):
         self.ledger.numbers[node] = value
         self.specialize("number", value, source)
 
-    def _is_from_data(self, value: object) -> bool:
-        return getattr(value, "node", None) in self._from_data
-
     def specialize(self, kind: str, value: object, source: object = None) -> None:
         """Note that the graph keeps a value which the model's own code looked at."""
-        if not self._active or in_torch():
-            return
-        if self._is_from_data(source):
-            kind = "data"
-        text = " ".join(str(value).split())
-        short = text if len(text) <= 40 else text[:37] + "..."
-        self.specialized.append(Specialization(kind, short, calling_line().short))
-        if kind == "data":
-            self._note_function()
+        if self._active:
+            self.specialized.add(kind, value, source)
 
     def compute(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from gdnsq_fx.annotations import source_of
 from gdnsq_fx.capture.alignment import aligned, plain_numbers
-from gdnsq_fx.capture.recorder import Specialization
+from gdnsq_fx.capture.specialized import Specialization
 from gdnsq_fx.capture.trace import Trace
 from gdnsq_fx.capture.tracing import trace
 from gdnsq_fx.opinfo import OpTable

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from gdnsq_fx.capture.recorder import Specialization
+from gdnsq_fx.capture.specialized import Specialization
 
 
 @dataclass(frozen=True, eq=False)

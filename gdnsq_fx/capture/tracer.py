@@ -108,13 +108,13 @@ class Tracer:
         entry.follow_device(graph)
         return Trace(
             graph,
-            tuple(dict.fromkeys(recorder.specialized)),
+            tuple(dict.fromkeys(recorder.specialized.found)),
             self.opaque,
             recorder.ledger.constants,
             recorder.fake is None,
             {node: plain(value) for node, value in recorder.ledger.numbers.items()},
             recorder.ledger.disposable,
-            frozenset(recorder.readers),
+            frozenset(recorder.specialized.modules),
             self.root.training,
         )
 
@@ -219,7 +219,7 @@ class Tracer:
 
     def _start(self, arguments: Any) -> _Start:
         ledger = self.recorder.ledger
-        notes = len(self.recorder.specialized)
+        notes = len(self.recorder.specialized.found)
         return _Start(ledger.mark(), notes, ledger.versions(arguments))
 
     def _closed(self, call: _Call, start: _Start, output: Any) -> Any:
@@ -230,7 +230,7 @@ class Tracer:
         except Untraceable:
             return output
         ledger.undo(start.mark)
-        del self.recorder.specialized[start.notes :]
+        del self.recorder.specialized.found[start.notes :]
         return ledger.track(output, ledger.call_node(*call), start.versions)
 
     def _opaque(
@@ -287,7 +287,7 @@ class Tracer:
         what is no tensor: then the way that the model takes hangs on the example.
         """
         call, start = begun
-        notes = self.recorder.specialized[start.notes :]
+        notes = self.recorder.specialized.found[start.notes :]
         reads = any(note.kind == "data" for note in notes)
         if reads and self._can_close(start.mark, output):
             self._closed(call, start, output)

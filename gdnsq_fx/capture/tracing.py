@@ -49,7 +49,7 @@ def trace(
                 raise
     tracer = Tracer(model, Recorder(model, None, constants), table, kept)
     recorded = tracer.run(args, kwargs)
-    functions = tracer.recorder.reader_functions
+    functions = tracer.recorder.specialized.functions
     if not functions:
         return recorded
     recorder = Recorder(model, None, recorded.constants)
