@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gdnsq_fx.foreign_random import foreign_state, restore_foreign_state
+
 # Buffers that a forward pass replaced have no public way back.
 # pyright: reportPrivateUsage=false
 
@@ -42,7 +44,7 @@ def in_evaluation(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def preserved_state(*modules: nn.Module) -> Generator[None]:
-    """Restore buffers, modes, tensors kept as attributes, and the random state.
+    """Restore buffers, modes, tensors kept as attributes, and all random states.
 
     A forward pass may write into buffers, replace them, or keep a tensor on ``self``.
     """
@@ -55,6 +57,7 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
     kept = [(c, c.copy()) for m in every for c in _containers(m)]
     tensors = [t for root in modules for t in (*root.parameters(), *root.buffers())]
     cuda = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
+    foreign = foreign_state()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
         for module in modules:
@@ -62,6 +65,7 @@ def preserved_state(*modules: nn.Module) -> Generator[None]:
         try:
             yield
         finally:
+            restore_foreign_state(foreign)
             with torch.no_grad():
                 for buffer, value in saved:
                     buffer.copy_(value)

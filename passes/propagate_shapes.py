@@ -44,15 +44,23 @@ class PropagateShapes(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Facts only; buffers and the random state are left as they were."""
-        counts = _Counts(graph_module, max(batch_size(self.args, self.kwargs), 1))
+        batch = max(batch_size(self.args, self.kwargs), 1)
+        counts = self._faked(graph_module, batch) if _is_torchs(graph_module) else None
+        if counts is None:
+            counts = _Counts(graph_module, batch)
+            self._run(graph_module, counts, None)
+        counts.write()
+        return False
+
+    def _faked(self, graph_module: GraphModule, batch: int) -> _Counts | None:
+        """Counts of a run on fake tensors; None where it reads data."""
+        counts = _Counts(graph_module, batch)
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as fake:
                 self._run(graph_module, counts, fake)
         except Exception:  # it reads data, or an operation has no fake version
-            counts = _Counts(graph_module, counts.batch)
-            self._run(graph_module, counts, None)
-        counts.write()
-        return False
+            return None
+        return counts
 
     def _run(
         self, graph_module: GraphModule, counts: _Counts, fake: FakeTensorMode | None
@@ -69,6 +77,25 @@ class PropagateShapes(Pass):
                     counts.run(one, call)
                 if not calls[one]:
                     counts.run_unreached(one, calls)
+
+
+def _is_torchs(graph_module: GraphModule) -> bool:
+    """Whether all that it calls is torch's, Python's or ours.
+
+    Other code may keep what it computed in a cache of its own, and hand it out again:
+    no fake tensor must get there.
+    """
+    for one in graphs_of(graph_module):
+        for node in one.graph.nodes:
+            called: Any = node.target
+            if node.op == "call_module":
+                called = type(one.get_submodule(str(node.target)))
+            elif node.op != "call_function":
+                continue
+            room = str(getattr(called, "__module__", None) or "torch").partition(".")[0]
+            if room not in ("torch", "_operator", "builtins", "math", "gdnsq_fx"):
+                return False
+    return True
 
 
 class _Counts:

@@ -13,13 +13,11 @@ own, ``y = x_eb x_fc``, tied to both factors by ``sum_c y = x_eb`` and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from scipy.optimize import LinearConstraint, milp
-from scipy.sparse import coo_array
 from tabulate import tabulate
 
 from gdnsq_fx.analysis.capacity import FLOAT_BITS
@@ -121,18 +119,22 @@ class _Programme:
             self._row([(self.columns[edge, b], 1.0) for b in widths], 1.0, 1.0)
         for name, bound in bounds.items():
             terms = self._bops() if name == "bops" else self._linear(name)
-            self._row(terms, -np.inf, bound)
+            self._row(terms, -math.inf, bound)
 
     def solve(self) -> dict[str, int]:
         """Bits of each edge."""
+        # Imported late: it takes longer than all of this library.
+        from scipy.optimize import LinearConstraint, milp
+        from scipy.sparse import coo_array
+
         size = (len(self.lower), len(self.columns))
         rows, places, values = zip(*self.entries, strict=True)
         matrix = coo_array((values, (rows, places)), shape=size).tocsr()
         # Divergences span many orders of magnitude; the solver's tolerances do not.
         scale = max(max(self.objective), 1e-300)
         found = milp(
-            np.array(self.objective) / scale,
-            integrality=np.array(self.whole),
+            [value / scale for value in self.objective],
+            integrality=self.whole,
             bounds=(0, 1),
             constraints=LinearConstraint(matrix, self.lower, self.upper),  # type: ignore[arg-type]
             options={"mip_rel_gap": SOLVER_TOLERANCE},
@@ -143,7 +145,7 @@ class _Programme:
 
     def _chosen(self, edge: str, solution: Any) -> int:
         shares = [solution[self.columns[edge, bits]] for bits in self.widths[edge]]
-        return self.widths[edge][int(np.argmax(shares))]
+        return self.widths[edge][shares.index(max(shares))]
 
     def _column(self, key: tuple[Any, ...], weight: float, *, whole: bool) -> int:
         self.objective.append(weight)

@@ -95,7 +95,9 @@ class Recorder(TorchFunctionMode):
                 return opened(*args, **kwargs)
         name = str(getattr(func, "__name__", func))
         attribute = attribute_of(func)
-        if is_setter(func) and attribute != "requires_grad":
+        if is_setter(func):
+            if _assigns_to(func) == "requires_grad":  # values are computed without
+                return None
             raise Untraceable(f"assigns to an attribute of a tensor ({name})")
         if attribute is not None and not is_tensor_attribute(attribute):
             return self._fact(func, args, kwargs, attribute)
@@ -262,3 +264,7 @@ class Recorder(TorchFunctionMode):
 
 def _holds_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+def _assigns_to(setter: Any) -> str:
+    return str(getattr(getattr(setter, "__self__", None), "__name__", ""))

@@ -16,6 +16,8 @@ from gdnsq_fx.errors import CaptureError
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import preserved_modes
 
+_DRAWS = "it draws random numbers outside torch, which a graph would fix"
+
 
 class Recording(NamedTuple):
     """A recording of each mode; the same one twice where the model has one only."""
@@ -86,6 +88,8 @@ def unfit_modules(shell: nn.Module, recording: Recording) -> dict[str, str]:
         hidden = one.opaque.keys() - other.opaque.keys()
         found |= {p: one.opaque[p] for p in hidden if p in called_modules(other)}
         found |= choosing_modules(shell, one)
+        # The model itself cannot stay whole: its numbers are those of the recording.
+        found |= dict.fromkeys(one.drawing - {""}, _DRAWS)
     return found
 
 

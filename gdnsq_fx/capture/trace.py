@@ -24,6 +24,7 @@ class Trace:
         numbers: what each node that stands for a number was on the example.
         disposable: nodes without effect, to be dropped where nothing reads them.
         readers: paths of the modules whose own code reads data.
+        drawing: paths of the modules whose own code draws random numbers outside torch.
         training: the mode of the model.
     """
 
@@ -35,6 +36,7 @@ class Trace:
     numbers: dict[Node, Any]
     disposable: set[Node]
     readers: frozenset[str]
+    drawing: frozenset[str]
     training: bool
 
     def pruned(self) -> Graph:

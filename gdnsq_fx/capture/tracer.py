@@ -30,6 +30,7 @@ from gdnsq_fx.capture.scalars import plain
 from gdnsq_fx.capture.sequences import join_whole_sequences
 from gdnsq_fx.capture.trace import Trace
 from gdnsq_fx.capture.values import Untraceable
+from gdnsq_fx.foreign_random import foreign_state, restore_foreign_state
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import preserved_state
 
@@ -81,6 +82,7 @@ class Tracer:
         self.table = table
         self.kept = kept
         self.functions = tuple(functions)
+        self.drawing: list[str] = []
         self.paths = {id(m): path for path, m in root.named_modules()}
         self.buffers = dict(root.named_buffers(remove_duplicate=False))
         self.opaque: dict[str, str] = {}
@@ -115,6 +117,7 @@ class Tracer:
             {node: plain(value) for node, value in recorder.ledger.numbers.items()},
             recorder.ledger.disposable,
             frozenset(recorder.specialized.modules),
+            frozenset(self.drawing),
             self.root.training,
         )
 
@@ -166,18 +169,42 @@ class Tracer:
             return self._whole(module, path, args, kwargs)
         reason = "has backward hooks" if has_backward_hooks(module) else None
         reason = self.kept.get(path, reason)
-        if path and reason is not None:
-            self.opaque[path] = reason
-            return self._whole(module, path, args, kwargs)
         start = self._start((args, kwargs))
+        if path and reason is not None:
+            drawn = torch.get_rng_state(), foreign_state()
+            try:
+                output = self._whole(module, path, args, kwargs)
+                self.opaque[path] = reason
+                return output
+            except Untraceable:
+                # It returns what no node can stand for, so it must be looked into.
+                if path not in self.kept:
+                    raise
+                self.recorder.ledger.undo(start.mark)
+                torch.set_rng_state(drawn[0])
+                restore_foreign_state(drawn[1])
         try:
-            output = self.call_module(module, *args, **kwargs)
+            output = self._called(module, path, args, kwargs)
         except Exception as error:
             if not path or self.recorder.ledger.needs_real:
                 raise
             return self._opaque(module, path, start.mark, args, kwargs, error)
         if path and is_bare(module) and self._can_close(start.mark, output):
             return self._closed(_Call("call_module", path, args, kwargs), start, output)
+        return output
+
+    def _called(
+        self,
+        module: nn.Module,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call a module that is looked into; note where its own code draws numbers."""
+        known, state = len(self.drawing), foreign_state()
+        output = self.call_module(module, *args, **kwargs)
+        if len(self.drawing) == known and foreign_state() != state:
+            self.drawing.append(path)
         return output
 
     def _is_layer(self, module: nn.Module) -> bool:
