@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.annotations import model_facts
+from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import (
     BatchStructureError,
     BudgetError,
@@ -47,6 +48,7 @@ def finetune(
     max_grad_norm: float = 10.0,
     progress: bool = True,
     tracker: CapacityTracker | None = None,
+    budget: Budget | None = None,
 ) -> FinetuneResult:
     """Fine-tune in place until every edge is at or under its target bit-width.
 
@@ -67,6 +69,8 @@ def finetune(
         max_grad_norm: gradients are clipped to this norm.
         progress: show a progress bar.
         tracker: notes the capacity of every edge through the run.
+        budget: learn the bits of every edge, 1 to 8, within these bounds on the whole
+            model, instead of the targets that ``qmodel`` has (see `LearnedBits`).
 
     Returns:
         A `FinetuneResult`.
@@ -94,7 +98,7 @@ def finetune(
     check_device(frozen, first.args, first.kwargs)
     with in_evaluation(frozen), bar:
         objective = Objective(frozen, task_loss, distillation, distillation_loss)
-        run = Run(qmodel, objective, schedule, lr, max_grad_norm, tracker)
+        run = Run(qmodel, objective, schedule, lr, max_grad_norm, tracker, budget)
         try:
             for step in bar:
                 loss = run.step(step, next(batches))
