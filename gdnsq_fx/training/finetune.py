@@ -23,6 +23,7 @@ from gdnsq_fx.errors import (
 from gdnsq_fx.inputs import Batch, InputStructure, check_device
 from gdnsq_fx.sites import hard_bits, require_quantizers
 from gdnsq_fx.state import in_evaluation
+from gdnsq_fx.training.learned_bits import costs_within
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
 from gdnsq_fx.training.result import FinetuneResult
@@ -80,7 +81,8 @@ def finetune(
         BatchStructureError: a batch has another structure, or too few batches.
         TrainingDivergedError: loss or gradients became NaN or infinite; the model holds
             the last good state.
-        BudgetError: an edge stayed above its target.
+        BudgetError: no bits meet the budget, which is found before training; or an
+            edge stayed above its target.
     """
     schedule = schedule or Schedule(steps)
     _check_settings(schedule, steps, task_loss, distillation, lr, max_grad_norm)
@@ -124,6 +126,8 @@ def finetune(
         metric=_validated(qmodel, validate),
         seconds=time.monotonic() - started,
         history=tuple(run.history),
+        budget=budget,
+        costs=None if budget is None else costs_within(qmodel, budget),
     )
 
 

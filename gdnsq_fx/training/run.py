@@ -39,11 +39,8 @@ class Run:
         tracker: CapacityTracker | None = None,
         budget: Budget | None = None,
     ) -> None:
-        self.constraint = (
-            Constraint(qmodel)
-            if budget is None
-            else LearnedBits(qmodel, budget, schedule)
-        )
+        # First of all: a budget that cannot be met must leave the model as it was.
+        self.constraint = constraint_for(qmodel, budget, schedule)
         self.qmodel = qmodel
         self.objective = objective
         self.schedule = schedule
@@ -111,6 +108,7 @@ class Run:
             self.tracker.note_metric(step, metric)
         if self.tracker.is_due(step) or step + 1 == self.schedule.steps:
             self.check_finite(step + 1)  # NaN has no bit-width
+            self.tracker.retarget(self.constraint.targets)
             self.tracker.observe(self.qmodel, step, float(loss))
 
     def undo_if_untrained(self) -> None:
@@ -154,6 +152,15 @@ class Run:
             f"{remedy}",
             step,
         )
+
+
+def constraint_for(
+    qmodel: GraphModule, budget: Budget | None, schedule: Schedule
+) -> Constraint | LearnedBits:
+    """Fixed targets, or bits that are learned within a budget."""
+    if budget is None:
+        return Constraint(qmodel)
+    return LearnedBits(qmodel, budget, schedule)
 
 
 def _copied_state(qmodel: GraphModule) -> dict[str, Tensor]:

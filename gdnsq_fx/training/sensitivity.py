@@ -12,6 +12,7 @@ all noise, weigh little in it; the ones that count are those near the final prec
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -46,15 +47,19 @@ class Sensitivity:
         self._products.mul_(self._keep).add_(slopes * noise)
         self._squares.mul_(self._keep).add_(torch.where(known, noise.square(), 0.0))
 
-    @property
-    def seen(self) -> bool:
-        """Whether any slope was observed."""
-        return bool(self._squares.any())
-
     def values(self) -> Tensor:
         """a_e of each edge, ``[edges]`` float64, above 0; all 1 before any slope."""
         found = self._products / self._squares.clamp(min=1e-300)
-        largest = float(found.max()) if len(found) else 0.0
-        if not largest > 0.0:
+        positive = found[found > 0.0]
+        if not len(positive):
             return torch.ones_like(found)
-        return found.clamp(min=LEAST_SHARE * float(found[found > 0.0].median()))
+        return found.clamp(min=LEAST_SHARE * float(positive.median()))
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the sums."""
+        return {"products": self._products.clone(), "squares": self._squares.clone()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        self._products.copy_(state["products"])
+        self._squares.copy_(state["squares"])

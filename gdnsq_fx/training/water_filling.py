@@ -7,7 +7,8 @@ sum_e c_e b_e, those have the least sum_e D_e whose slopes per cost are level,
     a_e 4^-b_e / c_e = theta    hence    b_e = 1/2 log2(a_e / c_e) - 1/2 log2(theta),
 
 clamped to what each edge may have (Cover & Thomas, Elements of Information Theory,
-section 10.3.3: the water level theta). An edge stays as it is until the water reaches it.
+section 10.3.3: the water level theta). An edge stays as it is until the water reaches
+it. Products of bits count by their slopes at the capacities given.
 """
 
 from __future__ import annotations
