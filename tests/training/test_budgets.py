@@ -252,9 +252,7 @@ def test_without_a_budget_nothing_is_learned() -> None:
         targets = _targets(qmodel)
         kind = type(constraint_for(qmodel, None, gdnsq_fx.Schedule(20)))
         assert kind is Constraint
-        result = gdnsq_fx.finetune(
-            qmodel, batches, steps=20, progress=False, **options
-        )
+        result = gdnsq_fx.finetune(qmodel, batches, steps=20, progress=False, **options)
         assert result.budget is None and result.costs is None
         assert result.target_bits == _targets(qmodel) == targets
         states.append(_state(qmodel))
