@@ -44,7 +44,7 @@ class Budget:
             names = ", ".join(field.name for field in fields(self))
             raise ConfigError(f"a budget bounds at least one of {names}")
         for name, ceiling in self.ceilings.items():
-            if not isinstance(ceiling, int) or ceiling > MAX_BITS:
+            if not _is_width(ceiling):
                 raise ConfigError(
                     f"{name} must be a whole number from {MIN_BITS} to {MAX_BITS}, "
                     f"got {ceiling!r}; a mean may be any number (mean_{name})"
@@ -66,6 +66,10 @@ class Budget:
     def totals(self) -> dict[str, float]:
         """Those that bound a sum over tensors, and so trade one against another."""
         return {n: b for n, b in self.bounds.items() if n not in self.ceilings}
+
+
+def _is_width(value: object) -> bool:
+    return isinstance(value, int) and MIN_BITS <= value <= MAX_BITS
 
 
 def _is_bound(value: object) -> bool:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.budget import Budget
-from gdnsq_fx.errors import TrainingDivergedError
+from gdnsq_fx.errors import ConfigError, TrainingDivergedError
 from gdnsq_fx.inputs import Batch
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
 from gdnsq_fx.training.constraint import Constraint
@@ -155,11 +155,20 @@ class Run:
 
 
 def constraint_for(
-    qmodel: GraphModule, budget: Budget | None, schedule: Schedule
+    qmodel: GraphModule, budget: object, schedule: Schedule
 ) -> Constraint | LearnedBits:
-    """Fixed targets, or bits that are learned within a budget."""
+    """Fixed targets, or bits that are learned within a `Budget`.
+
+    Raises:
+        BudgetError: no bits meet it. ConfigError: it is none.
+    """
     if budget is None:
         return Constraint(qmodel)
+    if not isinstance(budget, Budget):
+        raise ConfigError(
+            f"budget must be a Budget, got {budget!r}; write "
+            "gdnsq_fx.Budget(weight_bytes=...)"
+        )
     return LearnedBits(qmodel, budget, schedule)
 
 

@@ -167,6 +167,13 @@ def test_a_ceiling_is_a_whole_number_of_bits(ceiling: Any) -> None:
         gdnsq_fx.Budget(act_bits=ceiling)
 
 
+def test_a_budget_is_a_budget() -> None:
+    qmodel, batches, _ = _prepared(ConvNet)
+    given: Any = {"weight_bytes": 1000}
+    with pytest.raises(ConfigError, match="budget must be a Budget"):
+        _finetune(qmodel, batches, given)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_a_few_steps_meet_it_too(steps: int) -> None:
     qmodel, batches, _ = _prepared(ConvNet)
