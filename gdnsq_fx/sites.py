@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -101,6 +102,17 @@ def hard_bits(graph_module: GraphModule) -> dict[str, int]:
     for site in weight_sites(graph_module):
         bits[site.edge] = bit_width(int(site.quantizer.levels(site.weight()).max()))
     return bits
+
+
+def assign_targets(graph_module: GraphModule, bits: Mapping[str, int]) -> None:
+    """Set the target bit-width of every edge that is named, 1..16.
+
+    Raises:
+        ConfigError: bits outside their domain.
+    """
+    for site in sites(graph_module):
+        chosen = bits.get(site.edge, site.quantizer.spec.bits)
+        site.quantizer.spec = replace(site.quantizer.spec, bits=chosen)
 
 
 def bit_width(levels: int) -> int:

@@ -6,12 +6,12 @@ Only targets change; run `Calibrate` afterwards, which places the levels for the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
 from gdnsq_fx.errors import PassError
-from gdnsq_fx.sites import require_quantizers, sites
+from gdnsq_fx.sites import assign_targets, require_quantizers, sites
 
 from ._base import Pass
 
@@ -39,7 +39,5 @@ class AssignBits(Pass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Changes targets only, never the graph."""
-        for site in sites(graph_module):
-            bits = self.bits.get(site.edge, site.quantizer.spec.bits)
-            site.quantizer.spec = replace(site.quantizer.spec, bits=bits)
+        assign_targets(graph_module, self.bits)
         return False

@@ -37,7 +37,7 @@ class Allocation:
     Attributes:
         bits: edge -> bits.
         predicted_divergence: sum over the edges, nats per sample.
-        costs: weight_bytes, bops, mean_weight_bits and mean_act_bits that it takes.
+        costs: what it takes of everything that a `Budget` may bound.
         budget: what it had to meet.
     """
 
@@ -77,19 +77,27 @@ def best_allocation(
     Raises:
         BudgetError: no assignment meets it; names the smallest feasible value.
     """
-    _check_feasible(divergences, cost, budget)
-    bits = _Programme(divergences, cost, budget.bounds).solve()
+    check_feasible(divergences, cost, budget)
+    allowed = {
+        edge: {b: d for b, d in at.items() if b <= cost.ceiling(edge, budget)}
+        for edge, at in divergences.items()
+    }
+    bits = _Programme(allowed, cost, budget.totals).solve()
     slack = SOLVER_TOLERANCE
     while not cost.meets(bits, budget):  # the solver's idea of "at most" is a float's
-        tighter = {name: b * (1.0 - slack) for name, b in budget.bounds.items()}
-        bits = _Programme(divergences, cost, tighter).solve()
+        tighter = {name: b * (1.0 - slack) for name, b in budget.totals.items()}
+        bits = _Programme(allowed, cost, tighter).solve()
         slack *= 2.0
     total = sum(divergences[edge][width] for edge, width in bits.items())
     return Allocation(bits, total, cost.costs(bits), budget)
 
 
-def _check_feasible(divergences: Divergences, cost: CostModel, budget: Budget) -> None:
-    """Every cost grows with every width, so the narrowest assignment decides."""
+def check_feasible(divergences: Divergences, cost: CostModel, budget: Budget) -> None:
+    """Every cost grows with every width, so the narrowest assignment decides.
+
+    Raises:
+        BudgetError: it does not meet the budget; names the smallest feasible value.
+    """
     least = cost.costs({edge: min(divergences[edge]) for edge in cost.edges})
     for name, bound in budget.bounds.items():
         if least[name] > bound:

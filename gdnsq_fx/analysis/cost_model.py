@@ -82,7 +82,15 @@ class CostModel:
             "bops": self.bops(bits),
             "mean_weight_bits": _mean(self.weights, bits),
             "mean_act_bits": _mean(self.activations, bits),
+            "weight_bits": max((bits[e] for e in self.weights), default=0),
+            "act_bits": max((bits[e] for e in self.activations), default=0),
         }
+
+    def ceiling(self, edge: str, budget: Budget) -> float:
+        """The most bits that a budget allows one edge by itself, inf where it does
+        not say."""
+        name = "weight_bits" if edge in self.weights else "act_bits"
+        return budget.ceilings.get(name, math.inf)
 
     def meets(self, bits: Mapping[str, int], budget: Budget) -> bool:
         """Whether an assignment stays within every bound."""

@@ -108,6 +108,12 @@ class CapacityTracker:
         self._met = {}
         self._metrics = {}
 
+    def retarget(self, targets: dict[str, int]) -> None:
+        """Targets were learned meanwhile: edges may meet them only from now on."""
+        changed = {e for e, bits in targets.items() if self._targets.get(e) != bits}
+        self._targets = dict(targets)
+        self._met = {e: step for e, step in self._met.items() if e not in changed}
+
     def is_due(self, step: int) -> bool:
         """Whether this step is to be recorded."""
         return step % self._stride == 0

@@ -47,6 +47,12 @@ class Constraint:
         every = [*self._weights, *self._activations]
         return {site.edge: site.quantizer.spec.bits for site in every}
 
+    @property
+    def loss_scale(self) -> Tensor:
+        """C, the running mean of the loss, or its floor."""
+        scale = LOSS_FLOOR if self._loss_scale is None else self._loss_scale
+        return torch.as_tensor(scale).clamp(min=LOSS_FLOOR)
+
     def observe_loss(self, loss: Tensor) -> None:
         """Update C, the running mean of the loss; call once a step before `penalty`."""
         loss = loss.detach()
@@ -73,8 +79,13 @@ class Constraint:
         total = violated_w + violated_a + 2.0 * SMOOTHING
         penalty = (violated_w + SMOOTHING) / total * _mean(weights)
         penalty = penalty + (violated_a + SMOOTHING) / total * _mean(activations)
-        scale = LOSS_FLOOR if self._loss_scale is None else self._loss_scale
-        return penalty * torch.as_tensor(scale).clamp(min=LOSS_FLOOR) * growth
+        return penalty * self.loss_scale * growth
+
+    def observe_gradients(self) -> None:
+        """Fixed targets have nothing to learn from gradients."""
+
+    def undo(self) -> None:
+        """Fixed targets are as they were."""
 
     @torch.no_grad()
     def project(self, cap: Cap) -> None:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.annotations import model_facts
+from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import (
     BatchStructureError,
     BudgetError,
@@ -22,6 +23,7 @@ from gdnsq_fx.errors import (
 from gdnsq_fx.inputs import Batch, InputStructure, check_device
 from gdnsq_fx.sites import hard_bits, require_quantizers
 from gdnsq_fx.state import in_evaluation
+from gdnsq_fx.training.learned_bits import costs_within
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
 from gdnsq_fx.training.result import FinetuneResult
@@ -47,6 +49,7 @@ def finetune(
     max_grad_norm: float = 10.0,
     progress: bool = True,
     tracker: CapacityTracker | None = None,
+    budget: Budget | None = None,
 ) -> FinetuneResult:
     """Fine-tune in place until every edge is at or under its target bit-width.
 
@@ -67,6 +70,8 @@ def finetune(
         max_grad_norm: gradients are clipped to this norm.
         progress: show a progress bar.
         tracker: notes the capacity of every edge through the run.
+        budget: learn the bits of every edge, 1 to 8, within these bounds on the whole
+            model, instead of the targets that ``qmodel`` has (see `LearnedBits`).
 
     Returns:
         A `FinetuneResult`.
@@ -76,7 +81,8 @@ def finetune(
         BatchStructureError: a batch has another structure, or too few batches.
         TrainingDivergedError: loss or gradients became NaN or infinite; the model holds
             the last good state.
-        BudgetError: an edge stayed above its target.
+        BudgetError: no bits meet the budget, which is found before training; or an
+            edge stayed above its target.
     """
     schedule = schedule or Schedule(steps)
     _check_settings(schedule, steps, task_loss, distillation, lr, max_grad_norm)
@@ -94,7 +100,7 @@ def finetune(
     check_device(frozen, first.args, first.kwargs)
     with in_evaluation(frozen), bar:
         objective = Objective(frozen, task_loss, distillation, distillation_loss)
-        run = Run(qmodel, objective, schedule, lr, max_grad_norm, tracker)
+        run = Run(qmodel, objective, schedule, lr, max_grad_norm, tracker, budget)
         try:
             for step in bar:
                 loss = run.step(step, next(batches))
@@ -120,6 +126,8 @@ def finetune(
         metric=_validated(qmodel, validate),
         seconds=time.monotonic() - started,
         history=tuple(run.history),
+        budget=budget,
+        costs=None if budget is None else costs_within(qmodel, budget),
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from gdnsq_fx.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class FinetuneResult:
         metric: ``validate`` of the final model, None without one.
         history: records through the run.
         seconds: wall-clock time.
+        budget: bounds on the whole model that were asked for, None without; the target
+            bits are then those that were learned.
+        costs: what the hard bit-widths take of everything a `Budget` may bound; None
+            without one.
     """
 
     steps: int
@@ -43,6 +50,8 @@ class FinetuneResult:
     metric: float | None
     seconds: float
     history: tuple[StepRecord, ...] = field(repr=False)
+    budget: Budget | None = None
+    costs: Mapping[str, float] | None = None
 
     def __str__(self) -> str:
         widest = max(self.bits.values(), default=0)
@@ -50,6 +59,11 @@ class FinetuneResult:
             f"fine-tuned {self.steps} steps in {self.seconds:.0f} s; "
             f"{len(self.bits)} edges, all at or under target (widest: {widest} bits)"
         ]
+        if self.budget is not None and self.costs is not None:
+            lines += [
+                f"{name} {self.costs[name]:,.6g} of {bound:,.6g}"
+                for name, bound in self.budget.bounds.items()
+            ]
         if self.metric is not None:
             lines.append(f"metric {self.metric:.4g}")
         return "\n".join(lines)

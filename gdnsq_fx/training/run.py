@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.dynamics import CapacityTracker
-from gdnsq_fx.errors import TrainingDivergedError
+from gdnsq_fx.budget import Budget
+from gdnsq_fx.errors import ConfigError, TrainingDivergedError
 from gdnsq_fx.inputs import Batch
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
 from gdnsq_fx.training.constraint import Constraint
+from gdnsq_fx.training.learned_bits import LearnedBits
 from gdnsq_fx.training.objective import Objective
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
@@ -35,7 +37,10 @@ class Run:
         lr: float,
         max_grad_norm: float,
         tracker: CapacityTracker | None = None,
+        budget: Budget | None = None,
     ) -> None:
+        # First of all: a budget that cannot be met must leave the model as it was.
+        self.constraint = constraint_for(qmodel, budget, schedule)
         self.qmodel = qmodel
         self.objective = objective
         self.schedule = schedule
@@ -49,7 +54,6 @@ class Run:
         for module in qmodel.modules():
             if isinstance(module, Quantizer):
                 module.enabled = True  # to train without them would be no fine-tuning
-        self.constraint = Constraint(qmodel)
         self.constraint.open_to(schedule.start_bits)
         self.optimizer = torch.optim.Adam(_parameter_groups(qmodel, schedule, lr))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -71,6 +75,7 @@ class Run:
         penalty = self.constraint.penalty(self.schedule.progress(step))
         self.optimizer.zero_grad()
         (loss + penalty).backward()
+        self.constraint.observe_gradients()
         norm = nn.utils.clip_grad_norm_(self.qmodel.parameters(), self.max_grad_norm)
         if self._is_usable(step, loss, norm):
             self.optimizer.step()
@@ -103,12 +108,14 @@ class Run:
             self.tracker.note_metric(step, metric)
         if self.tracker.is_due(step) or step + 1 == self.schedule.steps:
             self.check_finite(step + 1)  # NaN has no bit-width
+            self.tracker.retarget(self.constraint.targets)
             self.tracker.observe(self.qmodel, step, float(loss))
 
     def undo_if_untrained(self) -> None:
         """Where not one step was taken, put back the quantizers that were opened."""
         if not self.trained:
             self.qmodel.load_state_dict(self.good_state)
+            self.constraint.undo()
 
     def check_finite(self, step: int) -> None:
         """Restore and raise where the update before this step broke a parameter."""
@@ -145,6 +152,24 @@ class Run:
             f"{remedy}",
             step,
         )
+
+
+def constraint_for(
+    qmodel: GraphModule, budget: object, schedule: Schedule
+) -> Constraint | LearnedBits:
+    """Fixed targets, or bits that are learned within a `Budget`.
+
+    Raises:
+        BudgetError: no bits meet it. ConfigError: it is none.
+    """
+    if budget is None:
+        return Constraint(qmodel)
+    if not isinstance(budget, Budget):
+        raise ConfigError(
+            f"budget must be a Budget, got {budget!r}; write "
+            "gdnsq_fx.Budget(weight_bytes=...)"
+        )
+    return LearnedBits(qmodel, budget, schedule)
 
 
 def _copied_state(qmodel: GraphModule) -> dict[str, Tensor]:
