@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,19 +13,19 @@ from tqdm.auto import tqdm
 
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.annotations import model_facts
-from gdnsq_fx.errors import (
-    BatchStructureError,
-    BudgetError,
-    ConfigError,
-)
-from gdnsq_fx.inputs import Batch, InputStructure, check_device
+from gdnsq_fx.errors import BudgetError, ConfigError
+from gdnsq_fx.inputs import check_device
 from gdnsq_fx.sites import hard_bits, require_quantizers
 from gdnsq_fx.state import in_evaluation
+from gdnsq_fx.training.batches import BatchStream
+from gdnsq_fx.training.checkpointing import Checkpointing, Resumable
+from gdnsq_fx.training.identity import identity_of
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
 from gdnsq_fx.training.result import FinetuneResult
 from gdnsq_fx.training.run import Run
 from gdnsq_fx.training.schedule import Schedule
+from gdnsq_fx.training.settings import Settings
 
 Validate = Callable[[nn.Module], float]
 
@@ -47,6 +46,9 @@ def finetune(
     max_grad_norm: float = 10.0,
     progress: bool = True,
     tracker: CapacityTracker | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 500,
+    resume: bool = True,
 ) -> FinetuneResult:
     """Fine-tune in place until every edge is at or under its target bit-width.
 
@@ -67,6 +69,14 @@ def finetune(
         max_grad_norm: gradients are clipped to this norm.
         progress: show a progress bar.
         tracker: notes the capacity of every edge through the run.
+        checkpoint: folder that keeps the last two states of the run (see
+            ``checkpoint_folder.py``). On SIGTERM the step is finished and saved before
+            the signal acts.
+        checkpoint_every: optimizer steps between two of them.
+        resume: go on from the newest whole checkpoint, to the bit as if the run had
+            never been interrupted (``batches.py`` says what that asks of
+            ``train_batches``); call it with the model prepared anew, as for the first
+            time. False starts over and replaces what the folder holds.
 
     Returns:
         A `FinetuneResult`.
@@ -77,32 +87,50 @@ def finetune(
         TrainingDivergedError: loss or gradients became NaN or infinite; the model holds
             the last good state.
         BudgetError: an edge stayed above its target.
+        CheckpointError: the folder holds another run.
     """
     schedule = schedule or Schedule(steps)
-    _check_settings(schedule, steps, task_loss, distillation, lr, max_grad_norm)
-    if validate_every is not None and validate_every < 1:
-        raise ConfigError(f"validate_every must be at least 1, got {validate_every}")
+    settings = Settings(
+        lr=lr,
+        max_grad_norm=max_grad_norm,
+        distillation=distillation,
+        validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
+    )
+    _check_goal(schedule, steps, task_loss, distillation)
     inputs = model_facts(qmodel).inputs
     require_quantizers(qmodel, "finetune")
-    started = time.monotonic()
-    batches = _endless(train_batches, inputs, steps)
-    first = next(batches)
-    check_device(qmodel, first.args, first.kwargs)  # before anything is changed
-    batches = chain([first], batches)
-    bar = tqdm(range(steps), desc="fine-tune", disable=not progress, unit="step")
+    stream = BatchStream(train_batches, inputs, steps, resumable=checkpoint is not None)
     frozen = teacher_for(qmodel, teacher)
-    check_device(frozen, first.args, first.kwargs)
-    with in_evaluation(frozen), bar:
+    losses = {"task_loss": task_loss, "distillation_loss": distillation_loss}
+    saving = Checkpointing(
+        checkpoint,
+        checkpoint_every,
+        lambda: identity_of(qmodel, frozen, schedule, settings, losses),
+    )
+    begun = saving.find(resume=resume)
+    if not begun:
+        first = stream.peek()  # before anything is changed
+        check_device(qmodel, first.args, first.kwargs)
+        check_device(frozen, first.args, first.kwargs)
+    bar = _bar(begun, steps, shown=progress)
+    with in_evaluation(frozen), saving, bar:
         objective = Objective(frozen, task_loss, distillation, distillation_loss)
         run = Run(qmodel, objective, schedule, lr, max_grad_norm, tracker)
+        parts: dict[str, Resumable] = {"batches": stream, "run": run}
+        if tracker is not None:
+            parts["tracker"] = tracker
         try:
+            saving.restore(parts)
             for step in bar:
-                loss = run.step(step, next(batches))
+                loss = run.step(step, stream.take())
                 due = validate_every is not None and (step + 1) % validate_every == 0
                 metric = _validated(qmodel, validate) if due else None
                 run.track(step, loss, metric)
                 if due or run.records_at(step):
                     bar.set_postfix(**run.record(step, loss, metric))
+                if saving.is_due(step + 1, steps):
+                    saving.save(step + 1, parts)
             run.check_finite(steps)
         except BaseException:
             run.undo_if_untrained()
@@ -118,44 +146,29 @@ def finetune(
         target_bits=run.constraint.targets,
         budget_met=True,
         metric=_validated(qmodel, validate),
-        seconds=time.monotonic() - started,
+        seconds=saving.seconds,
         history=tuple(run.history),
     )
 
 
-def _check_settings(
-    schedule: Schedule,
-    steps: int,
-    task_loss: TaskLoss | None,
-    distillation: float,
-    lr: float,
-    max_grad_norm: float,
+def _check_goal(
+    schedule: Schedule, steps: int, task_loss: TaskLoss | None, distillation: float
 ) -> None:
     if schedule.steps != steps:
         raise ConfigError(f"the schedule is for {schedule.steps} steps, not {steps}")
     if task_loss is None and distillation == 0.0:
         raise ConfigError("nothing to minimize: give task_loss, or distillation > 0")
-    for name, value in (("lr", lr), ("max_grad_norm", max_grad_norm)):
-        if not value > 0.0:
-            raise ConfigError(f"{name} must be above 0, got {value}")
-    if not distillation >= 0.0:
-        raise ConfigError(f"distillation must be at least 0, got {distillation}")
 
 
-def _endless(
-    batches: Iterable[Any], inputs: InputStructure, steps: int
-) -> Iterator[Batch]:
-    given = 0
-    while True:
-        before = given
-        for batch in batches:
-            given += 1
-            yield inputs.split(batch)
-        if given == before:
-            raise BatchStructureError(
-                f"train_batches gave {given} of the {steps} batches needed and cannot "
-                "be iterated again; pass a DataLoader or a list instead of an iterator"
-            )
+def _bar(begun: int, steps: int, *, shown: bool) -> tqdm[int]:
+    return tqdm(
+        range(begun, steps),
+        desc="fine-tune",
+        initial=begun,
+        total=steps,
+        disable=not shown,
+        unit="step",
+    )
 
 
 def _validated(qmodel: GraphModule, validate: Validate | None) -> float | None:

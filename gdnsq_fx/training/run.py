@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -10,12 +11,22 @@ from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.errors import TrainingDivergedError
-from gdnsq_fx.inputs import Batch
+from gdnsq_fx.inputs import Batch, model_device
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
-from gdnsq_fx.training.constraint import Constraint
+from gdnsq_fx.training.constraint import LOSS_MEMORY, Constraint
 from gdnsq_fx.training.objective import Objective
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
+from gdnsq_fx.training.stored_state import (
+    history_of,
+    history_state,
+    joined,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+    under,
+)
 
 MAX_RANGE_RATE = 5e-2
 
@@ -42,6 +53,7 @@ class Run:
         self.max_grad_norm = max_grad_norm
         self.good_state = _copied_state(qmodel)
         self.trained = False
+        self.taken = 0
         self.skipped = 0
         # What the user holds in evaluation inside a model in training stays there.
         modules = qmodel.modules() if qmodel.training else ()
@@ -53,6 +65,7 @@ class Run:
         self.constraint.open_to(schedule.start_bits)
         self.optimizer = torch.optim.Adam(_parameter_groups(qmodel, schedule, lr))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.loss_mean: Tensor | None = None
         self.history: list[StepRecord] = []
         self.tracker = tracker
         if tracker is not None:
@@ -67,7 +80,7 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         loss = self.objective(self.qmodel, batch)
-        self.constraint.observe_loss(loss)
+        self._observe(loss.detach())
         penalty = self.constraint.penalty(self.schedule.progress(step))
         self.optimizer.zero_grad()
         (loss + penalty).backward()
@@ -76,6 +89,7 @@ class Run:
             self.optimizer.step()
             self.trained = True
         self.constraint.project(lambda target: self.schedule.cap(step, target))
+        self.taken = step + 1
         return loss.detach()
 
     def records_at(self, step: int) -> bool:
@@ -104,6 +118,43 @@ class Run:
         if self.tracker.is_due(step) or step + 1 == self.schedule.steps:
             self.check_finite(step + 1)  # NaN has no bit-width
             self.tracker.observe(self.qmodel, step, float(loss))
+
+    def state(self) -> dict[str, Tensor]:
+        """What the steps to come depend on, as copies; the model is checked first.
+
+        Raises:
+            TrainingDivergedError: the last update broke a parameter.
+        """
+        self.check_finite(self.taken)
+        counts = torch.tensor([self.taken, self.skipped, self.trained])
+        mean = {} if self.loss_mean is None else {"loss_mean": self.loss_mean}
+        parts = {
+            "model": model_state(self.qmodel),
+            "optimizer": optimizer_state(self.optimizer),
+            "history": history_state(self.history),
+        }
+        return {**joined(parts), **mean, "counts": counts}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken; the model then is the last good state."""
+        load_model_state(self.qmodel, under(state, "model"))
+        load_optimizer_state(self.optimizer, under(state, "optimizer"))
+        self.history = history_of(under(state, "history"))
+        self.taken, self.skipped, trained = state["counts"].tolist()
+        self.trained = bool(trained)
+        if "loss_mean" in state:
+            device = model_device(self.qmodel)
+            self.loss_mean = state["loss_mean"].to(device, copy=True)
+            self.constraint.observe_loss(self.loss_mean)
+        self.good_state = _copied_state(self.qmodel)
+
+    def _observe(self, loss: Tensor) -> None:
+        """Show the loss to the constraint, and keep the mean that it takes of it."""
+        self.constraint.observe_loss(loss)
+        if self.loss_mean is None:
+            self.loss_mean = loss.clone()
+        else:
+            self.loss_mean.lerp_(loss, 1.0 - LOSS_MEMORY)
 
     def undo_if_untrained(self) -> None:
         """Where not one step was taken, put back the quantizers that were opened."""
