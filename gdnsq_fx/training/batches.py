@@ -74,6 +74,10 @@ class BatchStream:
         batch, self._peeked = self.peek(), None
         return batch
 
+    def take_several(self, count: int) -> list[Batch]:
+        """The next batches; raises as `take`."""
+        return [self.take() for _ in range(count)]
+
     def state(self) -> dict[str, Tensor]:
         """Where it stands. Only between steps: nothing may be peeked at."""
         counts = {"used": torch.tensor(self._used), "given": torch.tensor(self._given)}

@@ -86,12 +86,11 @@ class Checkpointing:
         set_random_state(under(state, "random"))
         self._found = None  # as large as the model
 
-    def is_due(self, done: int, steps: int) -> bool:
-        """Whether the run is to be saved after ``done`` of its ``steps``."""
+    def is_due(self, done: int, *, last: bool) -> bool:
+        """Whether the run is to be saved after ``done`` steps."""
         if self._folder is None:
             return False
-        due = done % self._every == 0 or done == steps
-        return due or self._termination.requested
+        return last or done % self._every == 0 or self._termination.requested
 
     def save(self, done: int, parts: Mapping[str, Resumable]) -> None:
         """Write a checkpoint, then let a SIGTERM that waited act."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
@@ -17,6 +16,8 @@ from gdnsq_fx.errors import BudgetError, ConfigError
 from gdnsq_fx.inputs import check_device
 from gdnsq_fx.sites import hard_bits, require_quantizers
 from gdnsq_fx.state import in_evaluation
+from gdnsq_fx.training.amp import Autocast
+from gdnsq_fx.training.batch_norm import reestimate_batch_norm
 from gdnsq_fx.training.batches import BatchStream
 from gdnsq_fx.training.checkpointing import Checkpointing, Resumable
 from gdnsq_fx.training.identity import identity_of
@@ -25,9 +26,8 @@ from gdnsq_fx.training.objective import Objective, teacher_for
 from gdnsq_fx.training.result import FinetuneResult
 from gdnsq_fx.training.run import Run
 from gdnsq_fx.training.schedule import Schedule
-from gdnsq_fx.training.settings import Settings
-
-Validate = Callable[[nn.Module], float]
+from gdnsq_fx.training.settings import Goal, Settings
+from gdnsq_fx.training.validation import Validate, Validation
 
 
 def finetune(
@@ -49,6 +49,12 @@ def finetune(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
     resume: bool = True,
+    accumulate: int = 1,
+    autocast: Autocast | None = None,
+    ema: float | None = None,
+    batch_norm_batches: int = 0,
+    best: Goal | None = None,
+    patience: int | None = None,
 ) -> FinetuneResult:
     """Fine-tune in place until every edge is at or under its target bit-width.
 
@@ -77,6 +83,17 @@ def finetune(
             never been interrupted (``batches.py`` says what that asks of
             ``train_batches``); call it with the model prepared anew, as for the first
             time. False starts over and replaces what the folder holds.
+        accumulate: batches of each optimizer step, whose mean loss is minimized.
+        autocast: compute outputs and loss in this type, ``bfloat16`` or ``float16``
+            (with its loss scaled); parameters and quantizers stay in float32.
+        ema: decay of a moving average of the parameters, 0..1, from the end of the
+            descent on; it is what is validated and what the model ends with.
+        batch_norm_batches: at the end measure the statistics of BatchNorm again, on so
+            many of the batches that come next.
+        best: ``"max"`` or ``"min"``: end with the state of the best ``validate`` among
+            those that meet the budget, the last one included.
+        patience: end after so many calls of ``validate`` without a better one, counted
+            while the budget is met.
 
     Returns:
         A `FinetuneResult`.
@@ -96,11 +113,22 @@ def finetune(
         distillation=distillation,
         validate_every=validate_every,
         checkpoint_every=checkpoint_every,
+        accumulate=accumulate,
+        autocast=autocast,
+        ema=ema,
+        batch_norm_batches=batch_norm_batches,
+        best=best,
+        patience=patience,
     )
+    if best is not None and validate is None:
+        raise ConfigError("best needs validate, the metric that is compared")
     _check_goal(schedule, steps, task_loss, distillation)
     inputs = model_facts(qmodel).inputs
     require_quantizers(qmodel, "finetune")
-    stream = BatchStream(train_batches, inputs, steps, resumable=checkpoint is not None)
+    needed = steps * accumulate + batch_norm_batches
+    stream = BatchStream(
+        train_batches, inputs, needed, resumable=checkpoint is not None
+    )
     frozen = teacher_for(qmodel, teacher)
     losses = {"task_loss": task_loss, "distillation_loss": distillation_loss}
     saving = Checkpointing(
@@ -116,22 +144,32 @@ def finetune(
     bar = _bar(begun, steps, shown=progress)
     with in_evaluation(frozen), saving, bar:
         objective = Objective(frozen, task_loss, distillation, distillation_loss)
-        run = Run(qmodel, objective, schedule, lr, max_grad_norm, tracker)
-        parts: dict[str, Resumable] = {"batches": stream, "run": run}
+        run = Run(qmodel, objective, schedule, settings, tracker)
+        validation = Validation(run, validate, validate_every, best, patience)
+        parts: dict[str, Resumable] = {
+            "batches": stream,
+            "run": run,
+            "validation": validation,
+        }
         if tracker is not None:
             parts["tracker"] = tracker
         try:
             saving.restore(parts)
             for step in bar:
-                loss = run.step(step, stream.take())
-                due = validate_every is not None and (step + 1) % validate_every == 0
-                metric = _validated(qmodel, validate) if due else None
+                if validation.is_over:
+                    break
+                loss = run.step(step, stream.take_several(accumulate))
+                metric = validation.after(step)
                 run.track(step, loss, metric)
-                if due or run.records_at(step):
+                if validation.is_due(step) or run.records_at(step):
                     bar.set_postfix(**run.record(step, loss, metric))
-                if saving.is_due(step + 1, steps):
+                if saving.is_due(step + 1, last=validation.is_over or run.is_done):
                     saving.save(step + 1, parts)
-            run.check_finite(steps)
+            run.check_finite(run.taken)
+            run.settle()
+            validation.settle()
+            refreshed = (stream.take() for _ in range(batch_norm_batches))
+            reestimate_batch_norm(qmodel, refreshed, run.held)
         except BaseException:
             run.undo_if_untrained()
             raise
@@ -141,13 +179,14 @@ def finetune(
     if violations:
         raise BudgetError(f"edges above their target bits: {violations}")
     return FinetuneResult(
-        steps=steps,
+        steps=run.taken,
         bits=hard_bits(qmodel),
         target_bits=run.constraint.targets,
         budget_met=True,
-        metric=_validated(qmodel, validate),
+        metric=validation.final(),
         seconds=saving.seconds,
         history=tuple(run.history),
+        best_step=validation.best_step,
     )
 
 
@@ -169,10 +208,3 @@ def _bar(begun: int, steps: int, *, shown: bool) -> tqdm[int]:
         disable=not shown,
         unit="step",
     )
-
-
-def _validated(qmodel: GraphModule, validate: Validate | None) -> float | None:
-    if validate is None:
-        return None
-    with in_evaluation(qmodel), torch.no_grad():
-        return float(validate(qmodel))
