@@ -53,7 +53,11 @@ from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
 from gdnsq_fx.training.finetune import FinetuneResult, finetune
-from gdnsq_fx.training.losses import distillation_loss, squared_distillation_loss
+from gdnsq_fx.training.losses import (
+    distillation_loss,
+    kl_distillation_loss,
+    squared_distillation_loss,
+)
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
 
@@ -106,6 +110,7 @@ __all__ = [
     "convert",
     "distillation_loss",
     "finetune",
+    "kl_distillation_loss",
     "load",
     "operation",
     "prepare",

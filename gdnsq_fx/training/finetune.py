@@ -23,6 +23,7 @@ from gdnsq_fx.training.checkpointing import Checkpointing, Resumable
 from gdnsq_fx.training.identity import identity_of
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
+from gdnsq_fx.training.outputs import Selector, selecting, weighted
 from gdnsq_fx.training.result import FinetuneResult
 from gdnsq_fx.training.run import Run
 from gdnsq_fx.training.schedule import Schedule
@@ -39,6 +40,8 @@ def finetune(
     task_loss: TaskLoss | None = None,
     distillation: float = 1.0,
     distillation_loss: TaskLoss = distillation_loss,
+    task_weight: float = 1.0,
+    output: Selector | None = None,
     validate: Validate | None = None,
     validate_every: int | None = None,
     schedule: Schedule | None = None,
@@ -67,7 +70,12 @@ def finetune(
             has now, at identity precision.
         task_loss: ``(output, targets) -> scalar`` to add to the distillation.
         distillation: weight of the distillation loss; 0 trains on ``task_loss`` alone.
-        distillation_loss: ``(output, teacher output) -> scalar``; Jeffreys by default.
+        distillation_loss: ``(output, teacher output) -> scalar``; Jeffreys by default,
+            `kl_distillation_loss` and `squared_distillation_loss` are others.
+        task_weight: weight of ``task_loss``.
+        output: part of both outputs that the distillation compares: a name, an index,
+            or a function of the output. By default ``logits`` or the first tensor.
+            ``task_loss`` always takes the whole output.
         validate: ``(model) -> metric``, called in evaluation mode at the end.
         validate_every: also call it every so many steps.
         schedule: how bits and rates go down; `Schedule(steps)` by default.
@@ -111,6 +119,7 @@ def finetune(
         lr=lr,
         max_grad_norm=max_grad_norm,
         distillation=distillation,
+        task_weight=task_weight,
         validate_every=validate_every,
         checkpoint_every=checkpoint_every,
         accumulate=accumulate,
@@ -130,11 +139,15 @@ def finetune(
         train_batches, inputs, needed, resumable=checkpoint is not None
     )
     frozen = teacher_for(qmodel, teacher)
-    losses = {"task_loss": task_loss, "distillation_loss": distillation_loss}
+    choices = {
+        "task_loss": task_loss,
+        "distillation_loss": distillation_loss,
+        "output": output,
+    }
     saving = Checkpointing(
         checkpoint,
         checkpoint_every,
-        lambda: identity_of(qmodel, frozen, schedule, settings, losses),
+        lambda: identity_of(qmodel, frozen, schedule, settings, choices),
     )
     begun = saving.find(resume=resume)
     if not begun:
@@ -143,7 +156,12 @@ def finetune(
         check_device(frozen, first.args, first.kwargs)
     bar = _bar(begun, steps, shown=progress)
     with in_evaluation(frozen), saving, bar:
-        objective = Objective(frozen, task_loss, distillation, distillation_loss)
+        objective = Objective(
+            frozen,
+            None if task_loss is None else weighted(task_loss, task_weight),
+            distillation,
+            selecting(distillation_loss, output),
+        )
         run = Run(qmodel, objective, schedule, settings, tracker)
         validation = Validation(run, validate, validate_every, best, patience)
         parts: dict[str, Resumable] = {

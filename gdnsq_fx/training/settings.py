@@ -23,6 +23,7 @@ class Settings:
     lr: float
     max_grad_norm: float
     distillation: float
+    task_weight: float
     validate_every: int | None
     checkpoint_every: int
     accumulate: int
@@ -36,6 +37,7 @@ class Settings:
         for name in ("lr", "max_grad_norm"):
             self._check(name, getattr(self, name) > 0.0, "above 0")
         self._check("distillation", self.distillation >= 0.0, "at least 0")
+        self._check("task_weight", self.task_weight > 0.0, "above 0")
         every = self.validate_every
         self._check("validate_every", every is None or every >= 1, "at least 1")
         self._check("checkpoint_every", self.checkpoint_every >= 1, "at least 1")
