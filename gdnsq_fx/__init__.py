@@ -52,6 +52,7 @@ from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
+from gdnsq_fx.training.callbacks import Callback, TensorBoardCallback
 from gdnsq_fx.training.finetune import FinetuneResult, finetune
 from gdnsq_fx.training.losses import (
     distillation_loss,
@@ -71,6 +72,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "Call",
+    "Callback",
     "CapacityReport",
     "CapacityTracker",
     "CaptureError",
@@ -102,6 +104,7 @@ __all__ = [
     "Skip",
     "StepRecord",
     "Stored",
+    "TensorBoardCallback",
     "Totals",
     "TrainingDivergedError",
     "allocate",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from gdnsq_fx.state import in_evaluation
 from gdnsq_fx.training.amp import Autocast
 from gdnsq_fx.training.batch_norm import reestimate_batch_norm
 from gdnsq_fx.training.batches import BatchStream
+from gdnsq_fx.training.callbacks import Callback, CsvLog
 from gdnsq_fx.training.checkpointing import Checkpointing, Resumable
 from gdnsq_fx.training.identity import identity_of
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
@@ -58,6 +59,8 @@ def finetune(
     batch_norm_batches: int = 0,
     best: Goal | None = None,
     patience: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    log: str | os.PathLike[str] | None = None,
 ) -> FinetuneResult:
     """Fine-tune in place until every edge is at or under its target bit-width.
 
@@ -102,6 +105,8 @@ def finetune(
             those that meet the budget, the last one included.
         patience: end after so many calls of ``validate`` without a better one, counted
             while the budget is met.
+        callbacks: told of every record of the history, and of the result.
+        log: CSV file with a line for each record of the history.
 
     Returns:
         A `FinetuneResult`.
@@ -173,6 +178,8 @@ def finetune(
             parts["tracker"] = tracker
         try:
             saving.restore(parts)
+            if log is not None:
+                callbacks = (*callbacks, CsvLog(log, run.history))
             for step in bar:
                 if validation.is_over:
                     break
@@ -181,6 +188,8 @@ def finetune(
                 run.track(step, loss, metric)
                 if validation.is_due(step) or run.records_at(step):
                     bar.set_postfix(**run.record(step, loss, metric))
+                    for callback in callbacks:
+                        callback.on_step(run.history[-1])
                 if saving.is_due(step + 1, last=validation.is_over or run.is_done):
                     saving.save(step + 1, parts)
             run.check_finite(run.taken)
@@ -196,7 +205,7 @@ def finetune(
     violations = run.constraint.violations()
     if violations:
         raise BudgetError(f"edges above their target bits: {violations}")
-    return FinetuneResult(
+    result = FinetuneResult(
         steps=run.taken,
         bits=hard_bits(qmodel),
         target_bits=run.constraint.targets,
@@ -206,6 +215,9 @@ def finetune(
         history=tuple(run.history),
         best_step=validation.best_step,
     )
+    for callback in callbacks:
+        callback.on_end(result)
+    return result
 
 
 def _check_goal(
