@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ from gdnsq_fx.training.batch_norm import reestimate_batch_norm
 from gdnsq_fx.training.batches import BatchStream
 from gdnsq_fx.training.callbacks import Callback, CsvLog
 from gdnsq_fx.training.checkpointing import Checkpointing, Resumable
+from gdnsq_fx.training.features import FeatureObjective, graph_teacher
 from gdnsq_fx.training.identity import identity_of
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
@@ -43,6 +44,7 @@ def finetune(
     distillation_loss: TaskLoss = distillation_loss,
     task_weight: float = 1.0,
     output: Selector | None = None,
+    features: Mapping[str, float] | None = None,
     validate: Validate | None = None,
     validate_every: int | None = None,
     schedule: Schedule | None = None,
@@ -79,6 +81,9 @@ def finetune(
         output: part of both outputs that the distillation compares: a name, an index,
             or a function of the output. By default ``logits`` or the first tensor.
             ``task_loss`` always takes the whole output.
+        features: name of a node of ``qmodel.graph`` -> weight of the mean squared
+            difference of its value to the teacher's, which then needs the same
+            parameters as the model; part of the distillation.
         validate: ``(model) -> metric``, called in evaluation mode at the end.
         validate_every: also call it every so many steps.
         schedule: how bits and rates go down; `Schedule(steps)` by default.
@@ -143,11 +148,12 @@ def finetune(
     stream = BatchStream(
         train_batches, inputs, needed, resumable=checkpoint is not None
     )
-    frozen = teacher_for(qmodel, teacher)
+    frozen = (graph_teacher if features else teacher_for)(qmodel, teacher)
     choices = {
         "task_loss": task_loss,
         "distillation_loss": distillation_loss,
         "output": output,
+        "features": features,
     }
     saving = Checkpointing(
         checkpoint,
@@ -167,6 +173,8 @@ def finetune(
             distillation,
             selecting(distillation_loss, output),
         )
+        if features:
+            objective = FeatureObjective(objective, qmodel, features)
         run = Run(qmodel, objective, schedule, settings, tracker)
         validation = Validation(run, validate, validate_every, best, patience)
         parts: dict[str, Resumable] = {

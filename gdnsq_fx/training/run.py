@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -17,7 +17,6 @@ from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.training.amp import MixedPrecision
 from gdnsq_fx.training.constraint import LOSS_MEMORY, Constraint
 from gdnsq_fx.training.ema import Average
-from gdnsq_fx.training.objective import Objective
 from gdnsq_fx.training.parameter_groups import parameter_groups
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
@@ -33,6 +32,9 @@ from gdnsq_fx.training.stored_state import (
     under,
 )
 
+Loss = Callable[[GraphModule, Batch], Tensor]
+"""What a run minimizes on a batch besides the penalty: a scalar."""
+
 
 class Run:
     """One fine-tuning run: optimizer, constraint, history, and the last good state."""
@@ -44,7 +46,7 @@ class Run:
     def __init__(
         self,
         qmodel: GraphModule,
-        objective: Objective,
+        objective: Loss,
         schedule: Schedule,
         settings: Settings,
         tracker: CapacityTracker | None = None,
