@@ -33,6 +33,7 @@ from gdnsq_fx.errors import (
     BudgetError,
     CalibrationError,
     CaptureError,
+    CheckpointError,
     ConfigError,
     DeviceMismatchError,
     FileFormatError,
@@ -51,8 +52,13 @@ from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
+from gdnsq_fx.training.callbacks import Callback, TensorBoardCallback
 from gdnsq_fx.training.finetune import FinetuneResult, finetune
-from gdnsq_fx.training.losses import distillation_loss, squared_distillation_loss
+from gdnsq_fx.training.losses import (
+    distillation_loss,
+    kl_distillation_loss,
+    squared_distillation_loss,
+)
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
 
@@ -66,10 +72,12 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "Call",
+    "Callback",
     "CapacityReport",
     "CapacityTracker",
     "CaptureError",
     "ChannelLayout",
+    "CheckpointError",
     "ConfigError",
     "Coverage",
     "DeviceMismatchError",
@@ -96,6 +104,7 @@ __all__ = [
     "Skip",
     "StepRecord",
     "Stored",
+    "TensorBoardCallback",
     "Totals",
     "TrainingDivergedError",
     "allocate",
@@ -104,6 +113,7 @@ __all__ = [
     "convert",
     "distillation_loss",
     "finetune",
+    "kl_distillation_loss",
     "load",
     "operation",
     "prepare",

@@ -63,12 +63,20 @@ class FileFormatError(GdnsqError, ValueError):
     """A file is truncated, foreign, or does not fit the model it is loaded into."""
 
 
+class CheckpointError(GdnsqError, RuntimeError):
+    """A fine-tuning run cannot be resumed: its checkpoint is of another run."""
+
+
 class MissingExtraError(GdnsqError, ImportError):
     """An optional dependency is not installed; the message names the extra."""
 
 
 class CalibrationWarning(UserWarning):
     """Levels were placed from other values than those that the edge will carry."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint is damaged; an earlier one, or none, is used instead."""
 
 
 class CaptureWarning(UserWarning):

@@ -7,12 +7,13 @@ needed (GDNSQ, arXiv 2508.14004): those that reach their target last resist long
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from gdnsq_fx.errors import ConfigError
@@ -135,6 +136,35 @@ class CapacityTracker:
             newest = self._records.pop()
             self._records = [*self._records[::2], newest]
             self._stride *= 2
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything recorded, as tensors; edges in the order of `targets`."""
+        records = self._records
+        capacity = [[r.capacity[edge] for edge in self._targets] for r in records]
+        shape = (len(records), len(self._targets))
+        return {
+            "stride": torch.tensor(self._stride),
+            "met": torch.tensor([self._met.get(edge, -1) for edge in self._targets]),
+            "step": torch.tensor([r.step for r in records], dtype=torch.int64),
+            "loss": torch.tensor([r.loss for r in records], dtype=torch.float64),
+            "capacity": torch.tensor(capacity, dtype=torch.float64).reshape(shape),
+            "metric_step": torch.tensor(list(self._metrics), dtype=torch.int64),
+            "metric": torch.tensor(list(self._metrics.values()), dtype=torch.float64),
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned; call `start` with the same targets before."""
+        stored: dict[str, Any] = {name: t.tolist() for name, t in state.items()}
+        edges = list(self._targets)
+        self._stride = stored["stride"]
+        met = zip(edges, stored["met"], strict=True)
+        self._met = {edge: step for edge, step in met if step >= 0}
+        rows = zip(stored["step"], stored["loss"], stored["capacity"], strict=True)
+        self._records = [
+            CapacityRecord(step, loss, dict(zip(edges, capacity, strict=True)))
+            for step, loss, capacity in rows
+        ]
+        self._metrics = dict(zip(stored["metric_step"], stored["metric"], strict=True))
 
     @property
     def first_met(self) -> dict[str, int | None]:

@@ -11,7 +11,7 @@ projection onto a slowly lowered cap decides by when: it makes the budget certai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -83,6 +83,13 @@ class Constraint:
 
     def observe_gradients(self) -> None:
         """Fixed targets have nothing to learn from gradients."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the steps to come depend on beside model and loss: nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken."""
 
     def undo(self) -> None:
         """Fixed targets are as they were."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
@@ -15,22 +13,26 @@ from tqdm.auto import tqdm
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.annotations import model_facts
 from gdnsq_fx.budget import Budget
-from gdnsq_fx.errors import (
-    BatchStructureError,
-    BudgetError,
-    ConfigError,
-)
-from gdnsq_fx.inputs import Batch, InputStructure, check_device
+from gdnsq_fx.errors import BudgetError, ConfigError
+from gdnsq_fx.inputs import check_device
 from gdnsq_fx.sites import hard_bits, require_quantizers
 from gdnsq_fx.state import in_evaluation
+from gdnsq_fx.training.amp import Autocast
+from gdnsq_fx.training.batch_norm import reestimate_batch_norm
+from gdnsq_fx.training.batches import BatchStream
+from gdnsq_fx.training.callbacks import Callback, CsvLog
+from gdnsq_fx.training.checkpointing import Checkpointing, Resumable
+from gdnsq_fx.training.features import FeatureObjective, graph_teacher
+from gdnsq_fx.training.identity import identity_of
 from gdnsq_fx.training.learned_bits import costs_within
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
+from gdnsq_fx.training.outputs import Selector, selecting, weighted
 from gdnsq_fx.training.result import FinetuneResult
 from gdnsq_fx.training.run import Run
 from gdnsq_fx.training.schedule import Schedule
-
-Validate = Callable[[nn.Module], float]
+from gdnsq_fx.training.settings import Goal, Settings
+from gdnsq_fx.training.validation import Validate, Validation
 
 
 def finetune(
@@ -42,6 +44,9 @@ def finetune(
     task_loss: TaskLoss | None = None,
     distillation: float = 1.0,
     distillation_loss: TaskLoss = distillation_loss,
+    task_weight: float = 1.0,
+    output: Selector | None = None,
+    features: Mapping[str, float] | None = None,
     validate: Validate | None = None,
     validate_every: int | None = None,
     schedule: Schedule | None = None,
@@ -50,6 +55,17 @@ def finetune(
     progress: bool = True,
     tracker: CapacityTracker | None = None,
     budget: Budget | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 500,
+    resume: bool = True,
+    accumulate: int = 1,
+    autocast: Autocast | None = None,
+    ema: float | None = None,
+    batch_norm_batches: int = 0,
+    best: Goal | None = None,
+    patience: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    log: str | os.PathLike[str] | None = None,
 ) -> FinetuneResult:
     """Fine-tune in place until every edge is at or under its target bit-width.
 
@@ -62,7 +78,15 @@ def finetune(
             has now, at identity precision.
         task_loss: ``(output, targets) -> scalar`` to add to the distillation.
         distillation: weight of the distillation loss; 0 trains on ``task_loss`` alone.
-        distillation_loss: ``(output, teacher output) -> scalar``; Jeffreys by default.
+        distillation_loss: ``(output, teacher output) -> scalar``; Jeffreys by default,
+            `kl_distillation_loss` and `squared_distillation_loss` are others.
+        task_weight: weight of ``task_loss``.
+        output: part of both outputs that the distillation compares: a name, an index,
+            or a function of the output. By default ``logits`` or the first tensor.
+            ``task_loss`` always takes the whole output.
+        features: name of a node of ``qmodel.graph`` -> weight of the mean squared
+            difference of its value to the teacher's, which then needs the same
+            parameters as the model; part of the distillation.
         validate: ``(model) -> metric``, called in evaluation mode at the end.
         validate_every: also call it every so many steps.
         schedule: how bits and rates go down; `Schedule(steps)` by default.
@@ -72,6 +96,27 @@ def finetune(
         tracker: notes the capacity of every edge through the run.
         budget: learn the bits of every edge, 1 to 8, within these bounds on the whole
             model, instead of the targets that ``qmodel`` has (see `LearnedBits`).
+        checkpoint: folder that keeps the last two states of the run (see
+            ``checkpoint_folder.py``). On SIGTERM the step is finished and saved before
+            the signal acts.
+        checkpoint_every: optimizer steps between two of them.
+        resume: go on from the newest whole checkpoint, to the bit as if the run had
+            never been interrupted (``batches.py`` says what that asks of
+            ``train_batches``); call it with the model prepared anew, as for the first
+            time. False starts over and replaces what the folder holds.
+        accumulate: batches of each optimizer step, whose mean loss is minimized.
+        autocast: compute outputs and loss in this type, ``bfloat16`` or ``float16``
+            (with its loss scaled); parameters and quantizers stay in float32.
+        ema: decay of a moving average of the parameters, 0..1, from the end of the
+            descent on; it is what is validated and what the model ends with.
+        batch_norm_batches: at the end measure the statistics of BatchNorm again, on so
+            many of the batches that come next.
+        best: ``"max"`` or ``"min"``: end with the state of the best ``validate`` among
+            those that meet the budget, the last one included.
+        patience: end after so many calls of ``validate`` without a better one, counted
+            while the budget is met.
+        callbacks: told of every record of the history, and of the result.
+        log: CSV file with a line for each record of the history.
 
     Returns:
         A `FinetuneResult`.
@@ -83,33 +128,90 @@ def finetune(
             the last good state.
         BudgetError: no bits meet the budget, which is found before training; or an
             edge stayed above its target.
+        CheckpointError: the folder holds another run.
     """
     schedule = schedule or Schedule(steps)
-    _check_settings(schedule, steps, task_loss, distillation, lr, max_grad_norm)
-    if validate_every is not None and validate_every < 1:
-        raise ConfigError(f"validate_every must be at least 1, got {validate_every}")
+    settings = Settings(
+        lr=lr,
+        max_grad_norm=max_grad_norm,
+        distillation=distillation,
+        task_weight=task_weight,
+        validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
+        accumulate=accumulate,
+        autocast=autocast,
+        ema=ema,
+        batch_norm_batches=batch_norm_batches,
+        best=best,
+        patience=patience,
+    )
+    if best is not None and validate is None:
+        raise ConfigError("best needs validate, the metric that is compared")
+    _check_goal(schedule, steps, task_loss, distillation)
     inputs = model_facts(qmodel).inputs
     require_quantizers(qmodel, "finetune")
-    started = time.monotonic()
-    batches = _endless(train_batches, inputs, steps)
-    first = next(batches)
-    check_device(qmodel, first.args, first.kwargs)  # before anything is changed
-    batches = chain([first], batches)
-    bar = tqdm(range(steps), desc="fine-tune", disable=not progress, unit="step")
-    frozen = teacher_for(qmodel, teacher)
-    check_device(frozen, first.args, first.kwargs)
-    with in_evaluation(frozen), bar:
-        objective = Objective(frozen, task_loss, distillation, distillation_loss)
-        run = Run(qmodel, objective, schedule, lr, max_grad_norm, tracker, budget)
+    needed = steps * accumulate + batch_norm_batches
+    stream = BatchStream(
+        train_batches, inputs, needed, resumable=checkpoint is not None
+    )
+    frozen = (graph_teacher if features else teacher_for)(qmodel, teacher)
+    choices = {
+        "task_loss": task_loss,
+        "distillation_loss": distillation_loss,
+        "output": output,
+        "features": features,
+        "budget": budget,
+    }
+    saving = Checkpointing(
+        checkpoint,
+        checkpoint_every,
+        lambda: identity_of(qmodel, frozen, schedule, settings, choices),
+    )
+    begun = saving.find(resume=resume)
+    if not begun:
+        first = stream.peek()  # before anything is changed
+        check_device(qmodel, first.args, first.kwargs)
+        check_device(frozen, first.args, first.kwargs)
+    bar = _bar(begun, steps, shown=progress)
+    with in_evaluation(frozen), saving, bar:
+        objective = Objective(
+            frozen,
+            None if task_loss is None else weighted(task_loss, task_weight),
+            distillation,
+            selecting(distillation_loss, output),
+        )
+        if features:
+            objective = FeatureObjective(objective, qmodel, features)
+        run = Run(qmodel, objective, schedule, settings, tracker, budget)
+        validation = Validation(run, validate, validate_every, best, patience)
+        parts: dict[str, Resumable] = {
+            "batches": stream,
+            "run": run,
+            "validation": validation,
+        }
+        if tracker is not None:
+            parts["tracker"] = tracker
         try:
+            saving.restore(parts)
+            if log is not None:
+                callbacks = (*callbacks, CsvLog(log, run.history))
             for step in bar:
-                loss = run.step(step, next(batches))
-                due = validate_every is not None and (step + 1) % validate_every == 0
-                metric = _validated(qmodel, validate) if due else None
+                if validation.is_over:
+                    break
+                loss = run.step(step, stream.take_several(accumulate))
+                metric = validation.after(step)
                 run.track(step, loss, metric)
-                if due or run.records_at(step):
+                if validation.is_due(step) or run.records_at(step):
                     bar.set_postfix(**run.record(step, loss, metric))
-            run.check_finite(steps)
+                    for callback in callbacks:
+                        callback.on_step(run.history[-1])
+                if saving.is_due(step + 1, last=validation.is_over or run.is_done):
+                    saving.save(step + 1, parts)
+            run.check_finite(run.taken)
+            run.settle()
+            validation.settle()
+            refreshed = (stream.take() for _ in range(batch_norm_batches))
+            reestimate_batch_norm(qmodel, refreshed, run.held)
         except BaseException:
             run.undo_if_untrained()
             raise
@@ -118,56 +220,38 @@ def finetune(
     violations = run.constraint.violations()
     if violations:
         raise BudgetError(f"edges above their target bits: {violations}")
-    return FinetuneResult(
-        steps=steps,
+    result = FinetuneResult(
+        steps=run.taken,
         bits=hard_bits(qmodel),
         target_bits=run.constraint.targets,
         budget_met=True,
-        metric=_validated(qmodel, validate),
-        seconds=time.monotonic() - started,
+        metric=validation.final(),
+        seconds=saving.seconds,
         history=tuple(run.history),
         budget=budget,
         costs=None if budget is None else costs_within(qmodel, budget),
+        best_step=validation.best_step,
     )
+    for callback in callbacks:
+        callback.on_end(result)
+    return result
 
 
-def _check_settings(
-    schedule: Schedule,
-    steps: int,
-    task_loss: TaskLoss | None,
-    distillation: float,
-    lr: float,
-    max_grad_norm: float,
+def _check_goal(
+    schedule: Schedule, steps: int, task_loss: TaskLoss | None, distillation: float
 ) -> None:
     if schedule.steps != steps:
         raise ConfigError(f"the schedule is for {schedule.steps} steps, not {steps}")
     if task_loss is None and distillation == 0.0:
         raise ConfigError("nothing to minimize: give task_loss, or distillation > 0")
-    for name, value in (("lr", lr), ("max_grad_norm", max_grad_norm)):
-        if not value > 0.0:
-            raise ConfigError(f"{name} must be above 0, got {value}")
-    if not distillation >= 0.0:
-        raise ConfigError(f"distillation must be at least 0, got {distillation}")
 
 
-def _endless(
-    batches: Iterable[Any], inputs: InputStructure, steps: int
-) -> Iterator[Batch]:
-    given = 0
-    while True:
-        before = given
-        for batch in batches:
-            given += 1
-            yield inputs.split(batch)
-        if given == before:
-            raise BatchStructureError(
-                f"train_batches gave {given} of the {steps} batches needed and cannot "
-                "be iterated again; pass a DataLoader or a list instead of an iterator"
-            )
-
-
-def _validated(qmodel: GraphModule, validate: Validate | None) -> float | None:
-    if validate is None:
-        return None
-    with in_evaluation(qmodel), torch.no_grad():
-        return float(validate(qmodel))
+def _bar(begun: int, steps: int, *, shown: bool) -> tqdm[int]:
+    return tqdm(
+        range(begun, steps),
+        desc="fine-tune",
+        initial=begun,
+        total=steps,
+        disable=not shown,
+        unit="step",
+    )

@@ -35,6 +35,8 @@ class FinetuneResult:
         target_bits: its target.
         budget_met: every hard bit-width is at or under its target.
         metric: ``validate`` of the final model, None without one.
+        best_step: step, from 0, after which the model was as it is now; None where
+            that is the last one, and no best state was asked for.
         history: records through the run.
         seconds: wall-clock time.
         budget: bounds on the whole model that were asked for, None without; the target
@@ -50,6 +52,7 @@ class FinetuneResult:
     metric: float | None
     seconds: float
     history: tuple[StepRecord, ...] = field(repr=False)
+    best_step: int | None = None
     budget: Budget | None = None
     costs: Mapping[str, float] | None = None
 

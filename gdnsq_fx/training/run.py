@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -11,15 +13,29 @@ from torch.fx import GraphModule
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import ConfigError, TrainingDivergedError
-from gdnsq_fx.inputs import Batch
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
-from gdnsq_fx.training.constraint import Constraint
+from gdnsq_fx.inputs import Batch, model_device
+from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.training.amp import MixedPrecision
+from gdnsq_fx.training.constraint import LOSS_MEMORY, Constraint
+from gdnsq_fx.training.ema import Average
 from gdnsq_fx.training.learned_bits import LearnedBits
-from gdnsq_fx.training.objective import Objective
+from gdnsq_fx.training.parameter_groups import parameter_groups
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
+from gdnsq_fx.training.settings import Settings
+from gdnsq_fx.training.stored_state import (
+    history_of,
+    history_state,
+    joined,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+    under,
+)
 
-MAX_RANGE_RATE = 5e-2
+Loss = Callable[[GraphModule, Batch], Tensor]
+"""What a run minimizes on a batch besides the penalty: a scalar."""
 
 
 class Run:
@@ -32,10 +48,9 @@ class Run:
     def __init__(
         self,
         qmodel: GraphModule,
-        objective: Objective,
+        objective: Loss,
         schedule: Schedule,
-        lr: float,
-        max_grad_norm: float,
+        settings: Settings,
         tracker: CapacityTracker | None = None,
         budget: Budget | None = None,
     ) -> None:
@@ -44,9 +59,11 @@ class Run:
         self.qmodel = qmodel
         self.objective = objective
         self.schedule = schedule
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = settings.max_grad_norm
+        self.precision = MixedPrecision(qmodel, settings.autocast)
         self.good_state = _copied_state(qmodel)
         self.trained = False
+        self.taken = 0
         self.skipped = 0
         # What the user holds in evaluation inside a model in training stays there.
         modules = qmodel.modules() if qmodel.training else ()
@@ -55,33 +72,81 @@ class Run:
             if isinstance(module, Quantizer):
                 module.enabled = True  # to train without them would be no fine-tuning
         self.constraint.open_to(schedule.start_bits)
-        self.optimizer = torch.optim.Adam(_parameter_groups(qmodel, schedule, lr))
+        self.optimizer = torch.optim.Adam(
+            parameter_groups(qmodel, schedule, settings.lr)
+        )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.average: Average | None = None
+        if settings.ema is not None:
+            begins = schedule.descent_steps
+            self.average = Average(qmodel, settings.ema, begins, self.to_targets)
+        self.loss_mean: Tensor | None = None
         self.history: list[StepRecord] = []
         self.tracker = tracker
         if tracker is not None:
             tracker.start(self.constraint.targets)
 
-    def step(self, step: int, batch: Batch) -> Tensor:
-        """Forward, backward, update, projection; returns the loss without penalty."""
+    def step(self, step: int, batches: Sequence[Batch]) -> Tensor:
+        """Forward, backward, update, projection; returns the loss without penalty.
+
+        Of several batches the gradients add up to that of their mean loss.
+        """
         self.qmodel.train()
         for module in self.held:
             module.training = False
         factor = self.schedule.learning_rate_factor(step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        loss = self.objective(self.qmodel, batch)
-        self.constraint.observe_loss(loss)
-        penalty = self.constraint.penalty(self.schedule.progress(step))
         self.optimizer.zero_grad()
-        (loss + penalty).backward()
+        loss = self._backward(step, batches)
+        self.precision.unscale(self.optimizer)
         self.constraint.observe_gradients()
         norm = nn.utils.clip_grad_norm_(self.qmodel.parameters(), self.max_grad_norm)
-        if self._is_usable(step, loss, norm):
-            self.optimizer.step()
-            self.trained = True
+        usable = self._is_usable(step, loss, norm)
+        self.precision.update(self.optimizer, usable=usable)
+        self.trained |= usable
         self.constraint.project(lambda target: self.schedule.cap(step, target))
-        return loss.detach()
+        self.taken = step + 1
+        if self.average is not None:
+            self.average.update(self.taken)
+        return loss
+
+    def _backward(self, step: int, batches: Sequence[Batch]) -> Tensor:
+        """Gradients of the mean loss of the batches and of the penalty."""
+        shares: list[Tensor] = []
+        for number, batch in enumerate(batches, start=1):
+            with self.precision.autocast():
+                loss = self.objective(self.qmodel, batch)
+            share = loss / len(batches)
+            shares.append(share.detach())
+            if number < len(batches):
+                self.precision.backward(share)
+                continue
+            mean = torch.stack(shares).sum()
+            self._observe(mean)
+            penalty = self.constraint.penalty(self.schedule.progress(step))
+            self.precision.backward(share + penalty)
+            return mean
+        raise ConfigError("a step needs at least one batch")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.taken == self.schedule.steps
+
+    def to_targets(self) -> None:
+        """Bring every capacity to its target now."""
+        self.constraint.project(float)
+
+    def averaged(self) -> AbstractContextManager[object]:
+        """The model with averaged weights inside the block, where there are any."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def settle(self) -> None:
+        """The averaged weights, where there are any, become the model's own."""
+        if self.average is not None:
+            self.average.settle()
+            self.average = None
 
     def records_at(self, step: int) -> bool:
         """Whether this step goes into the history."""
@@ -111,6 +176,51 @@ class Run:
             self.tracker.retarget(self.constraint.targets)
             self.tracker.observe(self.qmodel, step, float(loss))
 
+    def state(self) -> dict[str, Tensor]:
+        """What the steps to come depend on, as copies; the model is checked first.
+
+        Raises:
+            TrainingDivergedError: the last update broke a parameter.
+        """
+        self.check_finite(self.taken)
+        counts = torch.tensor([self.taken, self.skipped, self.trained])
+        mean = {} if self.loss_mean is None else {"loss_mean": self.loss_mean}
+        parts = {
+            "model": model_state(self.qmodel),
+            "optimizer": optimizer_state(self.optimizer),
+            "history": history_state(self.history),
+            "precision": self.precision.state(),
+            "average": {} if self.average is None else self.average.state(),
+            "constraint": self.constraint.state(),
+        }
+        return {**joined(parts), **mean, "counts": counts}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken; the model then is the last good state."""
+        # First the targets: what the model holds was placed for them.
+        self.constraint.load_state(under(state, "constraint"))
+        load_model_state(self.qmodel, under(state, "model"))
+        load_optimizer_state(self.optimizer, under(state, "optimizer"))
+        self.history = history_of(under(state, "history"))
+        self.precision.load_state(under(state, "precision"))
+        if self.average is not None:
+            self.average.load_state(under(state, "average"))
+        self.taken, self.skipped, trained = state["counts"].tolist()
+        self.trained = bool(trained)
+        if "loss_mean" in state:
+            device = model_device(self.qmodel)
+            self.loss_mean = state["loss_mean"].to(device, copy=True)
+            self.constraint.observe_loss(self.loss_mean)
+        self.good_state = _copied_state(self.qmodel)
+
+    def _observe(self, loss: Tensor) -> None:
+        """Show the loss to the constraint, and keep the mean that it takes of it."""
+        self.constraint.observe_loss(loss)
+        if self.loss_mean is None:
+            self.loss_mean = loss.clone()
+        else:
+            self.loss_mean.lerp_(loss, 1.0 - LOSS_MEMORY)
+
     def undo_if_untrained(self) -> None:
         """Where not one step was taken, put back the quantizers that were opened."""
         if not self.trained:
@@ -130,7 +240,10 @@ class Run:
         channel at one bit. Its update is left out; a run of them is a divergence.
         """
         finite = bool(torch.isfinite(norm))
-        self.skipped = 0 if finite else self.skipped + 1
+        if finite:
+            self.skipped = 0
+        elif not self.precision.may_overflow:
+            self.skipped += 1
         if not bool(torch.isfinite(loss)) or self.skipped > self.MAX_SKIPPED:
             self._restore(
                 step, f"loss {float(loss.detach())}, gradient norm {float(norm)}"
@@ -174,31 +287,3 @@ def constraint_for(
 
 def _copied_state(qmodel: GraphModule) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in qmodel.state_dict().items()}
-
-
-def _parameter_groups(
-    qmodel: GraphModule, schedule: Schedule, lr: float
-) -> list[dict[str, Any]]:
-    """Weights at ``lr``; each quantizer at the rate that its descent needs.
-
-    Only the step has bits to lose: the range follows the data, so in short runs its
-    rate is limited, or it strays by powers of two. ``lower`` is in units of its
-    activation, not a logarithm: its rate is a share of the range.
-    """
-    groups: dict[float, list[nn.Parameter]] = {}
-    ours: set[int] = set()
-    for module in qmodel.modules():
-        if not isinstance(module, Quantizer):
-            continue
-        ours |= {id(p) for p in module.parameters()}
-        rate = schedule.quantizer_rate(module.spec.bits)
-        for name, parameter in module.named_parameters():
-            own = rate if name == "log2_step" else min(rate, MAX_RANGE_RATE)
-            if name == "lower" and isinstance(module, ActivationQuantizer):
-                own *= float(module.range.detach())
-            groups.setdefault(own, []).append(parameter)
-    weights = [p for p in qmodel.parameters() if p.requires_grad and id(p) not in ours]
-    return [
-        {"params": weights, "lr": lr},
-        *({"params": params, "lr": rate} for rate, params in groups.items()),
-    ]

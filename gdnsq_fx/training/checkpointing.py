@@ -1,0 +1,117 @@
+"""Save a run every so many steps and on SIGTERM, and put it back where it stood."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gdnsq_fx.training.checkpoint_folder import CheckpointFolder, Identity
+from gdnsq_fx.training.random_state import random_state, set_random_state
+from gdnsq_fx.training.stored_state import joined, under
+from gdnsq_fx.training.termination import Termination
+
+
+class Resumable(Protocol):
+    """A part of a run that goes on where its state was taken."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that later steps depend on; names have no meaning outside."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+        ...
+
+
+class Checkpointing:
+    """Checkpoints of one run; without a folder it does nothing.
+
+    Inside its ``with`` block SIGTERM waits for `after_step`.
+
+    Args:
+        path: folder, or None.
+        every: optimizer steps between two checkpoints.
+        identity: of the run, called where there is a folder.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        every: int,
+        identity: Callable[[], Identity],
+    ) -> None:
+        self._folder = None if path is None else CheckpointFolder(path, identity())
+        self._every = every
+        self._started = time.monotonic()
+        self._termination = Termination()
+        self._found: tuple[int, dict[str, Tensor]] | None = None
+
+    def find(self, *, resume: bool) -> int:
+        """Steps taken by the run that is to go on; 0 where one begins.
+
+        Raises:
+            CheckpointError: there is a checkpoint of another run.
+        """
+        if self._folder is None:
+            return 0
+        if not resume:
+            self._folder.clear()
+            return 0
+        self._found = self._folder.read()
+        return 0 if self._found is None else self._found[0]
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time that the run has taken, all its sittings together."""
+        return time.monotonic() - self._started
+
+    def restore(self, parts: Mapping[str, Resumable]) -> None:
+        """Put the parts, in their order, and the random state back, if any was found.
+
+        Raises:
+            CheckpointError: the training batches are fewer than they were.
+        """
+        if self._found is None:
+            return
+        _, state = self._found
+        for name, part in parts.items():
+            part.load_state(under(state, name))
+        self._started -= float(state["seconds"])
+        set_random_state(under(state, "random"))
+        self._found = None  # as large as the model
+
+    def is_due(self, done: int, *, last: bool) -> bool:
+        """Whether the run is to be saved after ``done`` steps."""
+        if self._folder is None:
+            return False
+        return last or done % self._every == 0 or self._termination.requested
+
+    def save(self, done: int, parts: Mapping[str, Resumable]) -> None:
+        """Write a checkpoint, then let a SIGTERM that waited act."""
+        assert self._folder is not None
+        states = {name: part.state() for name, part in parts.items()}
+        state = joined({**states, "random": random_state()})
+        state["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
+        self._folder.write(done, state)
+        if self._termination.requested:
+            self._termination.act()
+
+    def __enter__(self) -> Checkpointing:
+        if self._folder is not None:
+            self._termination.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._folder is not None:
+            self._termination.__exit__(kind, error, traceback)

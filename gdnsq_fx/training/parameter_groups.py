@@ -1,0 +1,41 @@
+"""Which parameter learns at which rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
+from gdnsq_fx.training.schedule import Schedule
+
+MAX_RANGE_RATE = 5e-2
+
+
+def parameter_groups(
+    qmodel: GraphModule, schedule: Schedule, lr: float
+) -> list[dict[str, Any]]:
+    """Weights at ``lr``; each quantizer at the rate that its descent needs.
+
+    Only the step has bits to lose: the range follows the data, so in short runs its
+    rate is limited, or it strays by powers of two. ``lower`` is in units of its
+    activation, not a logarithm: its rate is a share of the range.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    ours: set[int] = set()
+    for module in qmodel.modules():
+        if not isinstance(module, Quantizer):
+            continue
+        ours |= {id(p) for p in module.parameters()}
+        rate = schedule.quantizer_rate(module.spec.bits)
+        for name, parameter in module.named_parameters():
+            own = rate if name == "log2_step" else min(rate, MAX_RANGE_RATE)
+            if name == "lower" and isinstance(module, ActivationQuantizer):
+                own *= float(module.range.detach())
+            groups.setdefault(own, []).append(parameter)
+    weights = [p for p in qmodel.parameters() if p.requires_grad and id(p) not in ours]
+    return [
+        {"params": weights, "lr": lr},
+        *({"params": params, "lr": rate} for rate, params in groups.items()),
+    ]
