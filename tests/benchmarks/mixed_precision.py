@@ -44,6 +44,7 @@ from gdnsq_fx.analysis.divergence import jeffreys
 from gdnsq_fx.demo.seeding import one_thread
 
 RESULTS = Path(__file__).parent / "results" / "mixed_precision.md"
+SAMPLES = 256
 UNIFORM = 3
 WIDTHS = tuple(range(1, 9))
 Errors = Mapping[int, Mapping[str, LocalError]]
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where images are unpacked")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, one_thread():
-        models = cases(options.data, options.work or Path(temporary))
+        models = cases(options.data, options.work or Path(temporary), SAMPLES)
         text = table([measure(case) for case in models])
     print(text)
     RESULTS.write_text(
