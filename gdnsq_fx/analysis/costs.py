@@ -65,11 +65,18 @@ def operations(graph_module: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
 def bit_operations(
     graph_module: GraphModule, node: Node, bits_of: Mapping[str, int]
 ) -> int:
-    """MACs * weight bits * activation bits of one operation, per sample."""
+    """MACs * weight bits * activation bits of one operation, per sample.
+
+    Edges that ``bits_of`` does not name count as floating point.
+    """
     return sum(
-        macs * math.prod(FLOAT_BITS if e is None else bits_of[e] for e in factors)
+        macs * math.prod(_bits(edge, bits_of) for edge in factors)
         for factors, macs in factored_macs(graph_module, node)
     )
+
+
+def _bits(edge: str | None, bits_of: Mapping[str, int]) -> int:
+    return FLOAT_BITS if edge is None else bits_of.get(edge, FLOAT_BITS)
 
 
 def factored_macs(graph_module: GraphModule, node: Node) -> list[tuple[Factors, int]]:
