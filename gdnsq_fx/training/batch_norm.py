@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def reestimate_batch_norm(
 
     Args:
         model: left in the modes that it had.
-        batches: of training data.
+        batches: of training data; without any, all statistics stay as they are.
         held: layers whose statistics stay as they are.
     """
     kept = set(held)
@@ -34,7 +35,9 @@ def reestimate_batch_norm(
         and module.running_mean is not None
         and module not in kept
     ]
-    if not layers:
+    stream = iter(batches)
+    first = next(stream, None)
+    if not layers or first is None:
         return
     momenta = [layer.momentum for layer in layers]
     with preserved_modes(model):
@@ -44,7 +47,7 @@ def reestimate_batch_norm(
             layer.momentum = None  # torch's sign for a plain average
             layer.train()
         try:
-            for batch in batches:
+            for batch in chain([first], stream):
                 args, kwargs = cloned((batch.args, batch.kwargs))
                 model(*args, **kwargs)
         finally:

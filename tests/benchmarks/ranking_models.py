@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cifar_images import ARCHIVE, normalized, unpacked
 from ranking_decoder import CONTEXT, Decoder, doc_strings, train_decoder
+from resnet20 import trained_resnet20
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gdnsq_fx.demo.digits import load_digits_split, train_digits
 from gdnsq_fx.demo.network import DigitsNet
 from gdnsq_fx.demo.seeding import seeded
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -55,49 +54,6 @@ def digits_case(samples: int) -> Case:
     )
 
 
-class BasicBlock(nn.Module):
-    """Two convolutions; the shortcut subsamples and pads channels with zeros."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.missing = outputs - inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.missing:
-            half = self.missing // 2
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
-        return F.relu(out + x)
-
-
-class ResNet20(nn.Module):
-    """The CIFAR ResNet-20 of He et al., section 4.2 (arXiv 1512.03385)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._layer(16, 16, 1)
-        self.layer2 = self._layer(16, 32, 2)
-        self.layer3 = self._layer(32, 64, 2)
-        self.linear = nn.Linear(64, 10)
-
-    def _layer(self, inputs: int, outputs: int, stride: int) -> nn.Sequential:
-        rest = (BasicBlock(outputs, outputs, 1) for _ in range(2))
-        return nn.Sequential(BasicBlock(inputs, outputs, stride), *rest)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images [B, 3, 32, 32] to logits [B, 10]."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
 def resnet20_case(data: Path, work: Path, samples: int) -> Case:
     """ResNet-20 trained on CIFAR-10; images spread evenly over the ten classes.
 
@@ -108,13 +64,10 @@ def resnet20_case(data: Path, work: Path, samples: int) -> Case:
     Raises:
         FileNotFoundError: a file is missing.
     """
-    model = ResNet20()
-    state = load_file(data / "resnet20-cifar10-jpeg-fp.safetensors")
-    model.load_state_dict(state)
-    folder = _unpacked(data / "cifar10-jpeg.tar.xz", work / "cifar10")
+    model = trained_resnet20(data)
+    folder = unpacked(data / ARCHIVE, work / "cifar10")
     calibration, _ = _images(folder / "train", 512)
     images, labels = _images(folder / "test", samples)
-    model.eval()
     with torch.no_grad():
         right = (model(images).argmax(1) == labels).float().mean()
     return Case(
@@ -127,16 +80,6 @@ def resnet20_case(data: Path, work: Path, samples: int) -> Case:
     )
 
 
-def _unpacked(archive: Path, folder: Path) -> Path:
-    """The images, unpacked where that was not done before."""
-    done = folder / "done"
-    if not done.exists():
-        with tarfile.open(archive) as packed:
-            packed.extractall(folder, filter="data")
-        done.touch()
-    return next(p.parent for p in folder.rglob("train") if p.is_dir())
-
-
 def _images(folder: Path, count: int) -> tuple[Tensor, Tensor]:
     """Normalized images [count, 3, 32, 32], evenly spread, and their labels."""
     from torchvision.io import read_image
@@ -144,10 +87,9 @@ def _images(folder: Path, count: int) -> tuple[Tensor, Tensor]:
     files = sorted(folder.glob("*/*.jpg"))
     classes = sorted({f.parent.name for f in files})
     chosen = [files[i * len(files) // count] for i in range(count)]
-    images = torch.stack([read_image(str(f)) for f in chosen]).float() / 255.0
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    images = torch.stack([read_image(str(f)) for f in chosen])
     labels = torch.tensor([classes.index(f.parent.name) for f in chosen])
-    return (images - mean) / std, labels
+    return normalized(images), labels
 
 
 def decoder_case(work: Path, samples: int, steps: int = 900) -> Case:

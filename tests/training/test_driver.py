@@ -197,6 +197,18 @@ def test_statistics_are_plain_averages_over_the_batches() -> None:
     assert not any(module.training for module in model.modules())
 
 
+def test_without_batches_statistics_stay_those_of_training() -> None:
+    norm = nn.BatchNorm1d(3)
+    norm(torch.randn(8, 3) + 5.0)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    reestimate_batch_norm(norm, [])
+    assert _equal(norm.state_dict(), before)
+    qmodel = _prepared()
+    _finetune(qmodel)
+    mean = qmodel.get_buffer("1.running_mean")
+    assert not torch.equal(mean, torch.zeros_like(mean))
+
+
 def test_finetune_measures_them_at_the_final_weights() -> None:
     plain, measured = _prepared(), _prepared()
     _finetune(plain)
