@@ -65,6 +65,7 @@ class Run:
         self.trained = False
         self.taken = 0
         self.skipped = 0
+        self.met_at: int | None = None
         # What the user holds in evaluation inside a model in training stays there.
         modules = qmodel.modules() if qmodel.training else ()
         self.held = [module for module in modules if not module.training]
@@ -94,7 +95,7 @@ class Run:
         self.qmodel.train()
         for module in self.held:
             module.training = False
-        factor = self.schedule.learning_rate_factor(step)
+        factor = self.schedule.learning_rate_factor(step, self.met_at)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
@@ -107,6 +108,8 @@ class Run:
         self.trained |= usable
         self.constraint.project(lambda target: self.schedule.cap(step, target))
         self.taken = step + 1
+        if self.schedule.anneals_once_met and self.met_at is None:
+            self.met_at = None if self.constraint.violations() else self.taken
         if self.average is not None:
             self.average.update(self.taken)
         return loss
@@ -124,7 +127,7 @@ class Run:
                 continue
             mean = torch.stack(shares).sum()
             self._observe(mean)
-            penalty = self.constraint.penalty(self.schedule.progress(step))
+            penalty = self.constraint.penalty(self.schedule.growth(step))
             self.precision.backward(share + penalty)
             return mean
         raise ConfigError("a step needs at least one batch")
@@ -183,7 +186,8 @@ class Run:
             TrainingDivergedError: the last update broke a parameter.
         """
         self.check_finite(self.taken)
-        counts = torch.tensor([self.taken, self.skipped, self.trained])
+        met_at = -1 if self.met_at is None else self.met_at
+        counts = torch.tensor([self.taken, self.skipped, self.trained, met_at])
         mean = {} if self.loss_mean is None else {"loss_mean": self.loss_mean}
         parts = {
             "model": model_state(self.qmodel),
@@ -205,8 +209,9 @@ class Run:
         self.precision.load_state(under(state, "precision"))
         if self.average is not None:
             self.average.load_state(under(state, "average"))
-        self.taken, self.skipped, trained = state["counts"].tolist()
+        self.taken, self.skipped, trained, met_at = state["counts"].tolist()
         self.trained = bool(trained)
+        self.met_at = None if met_at < 0 else met_at
         if "loss_mean" in state:
             device = model_device(self.qmodel)
             self.loss_mean = state["loss_mean"].to(device, copy=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from gdnsq_fx.errors import ConfigError
 
@@ -35,6 +36,7 @@ class Schedule:
     descent: float = 0.5
     slow_down: float = 2.0
     warm_up: float = 0.02
+    anneals_once_met: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check("steps", self.steps, "at least 1", self.steps >= 1)
@@ -43,6 +45,20 @@ class Schedule:
         steep = 0 < self.slow_down < math.inf
         _check("slow_down", self.slow_down, "above 0", steep)
         _check("warm_up", self.warm_up, "a share, 0 to 1", 0 <= self.warm_up <= 1)
+
+    @staticmethod
+    def paper(steps: int, lr: float = 1e-3, start_bits: float = 10.0) -> PaperSchedule:
+        """The schedule of the paper: the penalty alone brings bits down.
+
+        Args:
+            steps: optimizer steps; its constants take tens of thousands of them.
+            lr: learning rate of weights, the same as is given to `finetune`.
+            start_bits: capacity at which every edge starts.
+
+        Raises:
+            ConfigError: a value is outside its domain.
+        """
+        return PaperSchedule(steps, start_bits, lr=lr)
 
     @property
     def descent_steps(self) -> int:
@@ -58,12 +74,22 @@ class Schedule:
         excess = max(self.start_bits - target, 0.0)
         return target + excess * (1.0 - self.progress(step)) ** self.slow_down
 
-    def learning_rate_factor(self, step: int) -> float:
-        """Linear warm-up, constant through the descent, then cosine to zero."""
+    def learning_rate_factor(self, step: int, met_at: int | None = None) -> float:
+        """Linear warm-up, constant through the descent, then cosine to zero.
+
+        Args:
+            step: from 0.
+            met_at: the step after which all bits were at their targets, if they are;
+                here that is known beforehand.
+        """
         warm = min((step + 1) / max(self.steps * self.warm_up, 1.0), 1.0)
         hold = self.steps - self.descent_steps
         done = max(step - self.descent_steps, 0) / max(hold, 1)
         return warm * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+    def growth(self, step: int) -> float:
+        """Factor t of the penalty at this step."""
+        return self.progress(step)
 
     def quantizer_rate(self, target: float) -> float:
         """Learning rate of log2 steps and ranges: bits to lose for each descent step.
@@ -71,6 +97,49 @@ class Schedule:
         An adaptive optimizer moves a parameter by about its learning rate each step.
         """
         return max(self.start_bits - target, 1.0) / self.descent_steps
+
+
+@dataclass(frozen=True)
+class PaperSchedule(Schedule):
+    """Penalty without cap: t grows by twice the learning rate in each step, for ever.
+
+    Quantizers learn at the rate of the weights. Once all bits are at their targets the
+    rate anneals to the end (``met_at`` of `learning_rate_factor`). Where the penalty
+    has not brought them there, the last step does: the budget is met all the same.
+
+    Attributes:
+        lr: learning rate of weights, and of quantizers.
+
+    Source: GDNSQ (arXiv 2508.14004), and the constants of its reference
+    implementation.
+    """
+
+    descent: float = 1.0
+    lr: float = 1e-3
+    anneals_once_met: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("lr", self.lr, "above 0", self.lr > 0.0)
+
+    def cap(self, step: int, target: float) -> float:
+        """No cap before the last step."""
+        return target if step + 1 >= self.steps else math.inf
+
+    def growth(self, step: int) -> float:
+        """t of the penalty."""
+        return 2.0 * self.lr * (step + 1)
+
+    def learning_rate_factor(self, step: int, met_at: int | None = None) -> float:
+        """Constant until the targets are met, then cosine to zero."""
+        if met_at is None:
+            return 1.0
+        done = (step - met_at) / max(self.steps - met_at, 1)
+        return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+    def quantizer_rate(self, target: float) -> float:
+        """The rate of the weights."""
+        return self.lr
 
 
 def _check(name: str, value: float, domain: str, holds: bool) -> None:

@@ -111,3 +111,29 @@ def test_one_step_is_enough() -> None:
 def test_values_outside_their_domain_are_errors(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Schedule(**{"steps": 100, **options})
+
+
+# --- the schedule of the paper ---
+
+
+def test_paper_schedule_grows_for_ever_and_caps_nothing_before_the_last_step() -> None:
+    schedule = Schedule.paper(1000, lr=2e-3)
+    assert schedule.start_bits == 10.0
+    assert schedule.growth(0) == pytest.approx(4e-3)
+    assert schedule.growth(999) == pytest.approx(4.0)
+    assert schedule.cap(998, 2) == math.inf
+    assert schedule.cap(999, 2) == 2
+    assert schedule.quantizer_rate(1) == 2e-3
+
+
+def test_paper_schedule_anneals_once_the_targets_are_met() -> None:
+    schedule = Schedule.paper(1000)
+    assert schedule.learning_rate_factor(900) == 1.0
+    assert schedule.learning_rate_factor(600, met_at=600) == 1.0
+    assert schedule.learning_rate_factor(800, met_at=600) == pytest.approx(0.5)
+    assert schedule.learning_rate_factor(1000, met_at=600) == pytest.approx(0.0)
+
+
+def test_paper_schedule_refuses_a_rate_of_zero() -> None:
+    with pytest.raises(ConfigError, match="lr must be above 0"):
+        Schedule.paper(10, lr=0.0)
