@@ -1,0 +1,120 @@
+"""How each method of the studies turns a trained ResNet-20 into a quantized one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import torch
+from cifar_images import Augmented, Images
+from resnet20 import ResNet20
+from torch import Tensor, nn
+
+import gdnsq_fx
+from gdnsq_fx.demo.seeding import seeded
+
+CALIBRATION = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one run is about; the same for every method.
+
+    Attributes:
+        bits: of weights and activations; the first and the last layer stay in floating
+            point, as in the paper.
+        seed: of the order of the images, their augmentation and all random draws.
+        steps, batch: optimizer steps, images in each.
+    """
+
+    bits: int
+    seed: int
+    steps: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in evaluation; mean bits before the last step brought them to target.
+
+    Attributes:
+        met: every bit-width is at or under its target.
+    """
+
+    model: nn.Module
+    mean_bits: float
+    met: bool
+
+
+Method = Callable[[ResNet20, Images, Setting], Trained]
+
+
+def ours(**changes: Any) -> Method:
+    """`finetune` with its defaults for this precision, but for ``changes``.
+
+    ``calibrated=False`` calibrates on noise; ``config`` changes the `QuantConfig`,
+    ``schedule`` the `Schedule`; all else goes to `finetune`.
+    """
+
+    def run(teacher: ResNet20, train: Images, setting: Setting) -> Trained:
+        given = dict(changes)
+        calibration = train.first(CALIBRATION).batches(setting.batch)
+        if not given.pop("calibrated", True):
+            calibration = _noise(calibration, setting.seed)
+        config = gdnsq_fx.QuantConfig(
+            setting.bits, setting.bits, first_last="exclude", **given.pop("config", {})
+        )
+        schedule = given.pop("schedule", gdnsq_fx.Schedule)(setting.steps)
+        qmodel = gdnsq_fx.prepare(teacher, calibration[0], config, calibration)
+        with seeded(setting.seed):
+            result = gdnsq_fx.finetune(
+                qmodel,
+                Augmented(train, setting.batch, setting.seed),
+                steps=setting.steps,
+                teacher=teacher,
+                schedule=schedule,
+                progress=False,
+                **given,
+            )
+        reached = result.history[-2].mean_bits  # before the last step's projection
+        return Trained(qmodel, reached, max(result.bits.values()) <= setting.bits)
+
+    return run
+
+
+def peer(
+    convert: Callable[[nn.Module, int, list[Tensor]], nn.Module], lr: float
+) -> Method:
+    """Other quantizers, in the same loop at fixed bits."""
+
+    def run(teacher: ResNet20, train: Images, setting: Setting) -> Trained:
+        from study_loop import train as distil
+
+        calibration = train.first(CALIBRATION).batches(setting.batch)
+        copied = ResNet20()
+        copied.load_state_dict(teacher.state_dict())
+        with seeded(setting.seed):
+            model = convert(copied.eval(), setting.bits, calibration)
+            distil(
+                model,
+                teacher,
+                Augmented(train, setting.batch, setting.seed),
+                gdnsq_fx.Schedule(setting.steps, start_bits=setting.bits),
+                lr,
+            )
+        return Trained(model, float(setting.bits), True)
+
+    return run
+
+
+def _noise(batches: list[Tensor], seed: int) -> list[Tensor]:
+    """Normal noise instead of images, of the same mean and variance."""
+    generator = torch.Generator().manual_seed(seed)
+    center = mean(float(batch.mean()) for batch in batches)
+    spread = mean(float(batch.std()) for batch in batches)
+    return [
+        torch.randn(batch.shape, generator=generator) * spread + center
+        for batch in batches
+    ]

@@ -1,0 +1,230 @@
+"""Study A: ResNet-20 on CIFAR-10 in a few hundred steps, against three alternatives.
+
+    python tests/benchmarks/study_short.py --work DIR [--data ../shared/data]
+
+Every method starts from the same trained network, takes the same steps on the same
+batches and distils from the same teacher; the first and the last layer stay in floating
+point. Rows:
+
+* ours: `finetune` with its defaults for the precision;
+* paper: the schedule of the paper (`Schedule.paper`), its estimator (``ste``) and free
+  offsets, in `finetune`;
+* LSQ: its published quantizers at fixed bits (``study_lsq.py``);
+* Brevitas: its quantizers with learned scales at fixed bits (``study_brevitas.py``).
+
+The other rows leave out one part of ours. Accuracy is that on all 10,000 test images;
+``bits before`` is the mean over all edges before the last step, whose projection brings
+them to target. Finished runs are kept in ``DIR``, so that the study goes on where it
+was interrupted. About two hours on two cores. Needs ``pip install brevitas``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+import torch.nn.functional as F
+from cifar_images import load_cifar
+from resnet20 import trained_resnet20
+from study_methods import Method, Setting, ours, peer
+from tabulate import tabulate
+from tqdm import tqdm
+
+from gdnsq_fx import Schedule
+
+RESULTS = Path(__file__).parent / "results" / "study_short.md"
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+BITS = (4, 3, 2, 1)
+ABLATION_BITS = (2, 1)
+SEEDS = (0, 1, 2)
+PEER_LR = {4: 1e-3, 3: 1e-3, 2: 1e-3, 1: 3e-3}
+MAIN = ("ours", "paper", "LSQ", "Brevitas")
+
+
+class WithoutAnnealing(Schedule):
+    """The learning rate stays what it is after warming up."""
+
+    def learning_rate_factor(self, step: int, met_at: int | None = None) -> float:
+        """Linear warm-up, then 1."""
+        return min((step + 1) / max(self.steps * self.warm_up, 1.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: accuracy in percent, mean bits before the end, whether it met them."""
+
+    method: str
+    bits: int
+    seed: int
+    steps: int
+    batch: int
+    accuracy: float
+    mean_bits: float
+    met: bool
+    seconds: float
+
+
+def method_of(name: str, bits: int) -> Method:
+    """The method of a row."""
+    made: dict[str, Callable[[], Method]] = {
+        "ours": ours,
+        "paper": lambda: ours(
+            schedule=Schedule.paper, config={"estimator": "ste", "offset": "free"}
+        ),
+        "LSQ": lambda: _lsq(bits),
+        "Brevitas": lambda: _brevitas(bits),
+        "no gradual descent": lambda: ours(
+            schedule=functools.partial(Schedule, start_bits=float(bits))
+        ),
+        "no distillation": lambda: ours(distillation=0.0, task_loss=F.cross_entropy),
+        "no annealing": lambda: ours(schedule=WithoutAnnealing),
+        "no calibrated start": lambda: ours(calibrated=False),
+    }
+    return made[name]()
+
+
+def _lsq(bits: int) -> Method:
+    from study_lsq import lsq_model
+
+    return peer(lsq_model, PEER_LR[bits])
+
+
+def _brevitas(bits: int) -> Method:
+    from study_brevitas import brevitas_model
+
+    return peer(brevitas_model, PEER_LR[bits])
+
+
+ABLATIONS = (
+    "no gradual descent",
+    "no distillation",
+    "no annealing",
+    "no calibrated start",
+)
+
+
+def run(name: str, setting: Setting, data: Path, work: Path) -> Outcome:
+    """One method on one precision and seed, on one thread."""
+    torch.set_num_threads(1)
+    train, test = load_cifar(data, work)
+    teacher = trained_resnet20(data)
+    started = time.perf_counter()
+    trained = method_of(name, setting.bits)(teacher, train, setting)
+    seconds = time.perf_counter() - started
+    accuracy = test.accuracy(trained.model)
+    return Outcome(
+        name,
+        **asdict(setting),
+        accuracy=accuracy,
+        mean_bits=trained.mean_bits,
+        met=trained.met,
+        seconds=seconds,
+    )
+
+
+def planned(steps: int, batch: int) -> Iterator[tuple[str, Setting]]:
+    """Every run; those that the tables need most come first."""
+    for seed in SEEDS:
+        for bits in reversed(BITS):
+            for name in MAIN:
+                yield name, Setting(bits, seed, steps, batch)
+    for seed in SEEDS:
+        for bits in ABLATION_BITS:
+            for name in ABLATIONS:
+                yield name, Setting(bits, seed, steps, batch)
+
+
+def finished(kept: Path) -> list[Outcome]:
+    """Outcomes of runs that were made before."""
+    if not kept.exists():
+        return []
+    return [Outcome(**json.loads(line)) for line in kept.read_text().splitlines()]
+
+
+def measure(
+    data: Path, work: Path, steps: int, batch: int, workers: int
+) -> list[Outcome]:
+    """All runs, as many at a time as there are workers."""
+    kept = work / "study_short.jsonl"
+    found = finished(kept)
+    done = {(o.method, o.bits, o.seed, o.steps, o.batch) for o in found}
+    todo = [
+        (name, setting)
+        for name, setting in planned(steps, batch)
+        if (name, *asdict(setting).values()) not in done
+    ]
+    load_cifar(data, work)  # decoded once, before several ask for it
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool:
+        jobs = [pool.submit(run, name, s, data, work) for name, s in todo]
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
+            outcome = job.result()
+            with kept.open("a") as lines:
+                lines.write(json.dumps(asdict(outcome)) + "\n")
+            found.append(outcome)
+    return [o for o in found if (o.steps, o.batch) == (steps, batch)]
+
+
+def table(found: Sequence[Outcome], names: Sequence[str], every: Sequence[int]) -> str:
+    """Markdown: a row for each method, mean and spread of the seeds in each column."""
+    rows = []
+    for name in names:
+        row = [name]
+        for bits in every:
+            runs = [o for o in found if (o.method, o.bits) == (name, bits)]
+            row.append(_cell([o.accuracy for o in runs]))
+        mine = [o for o in found if o.method == name]
+        row.append(f"{sum(o.met for o in mine)} of {len(mine)}")
+        before = {b: [o.mean_bits for o in mine if o.bits == b] for b in every}
+        row.append(" ".join(f"{mean(v):.1f}" for v in before.values() if v))
+        row.append(f"{mean(o.seconds for o in mine):.0f}" if mine else "")
+        rows.append(row)
+    columns = [f"W{bits}A{bits}" for bits in every]
+    headers = ["accuracy %", *columns, "met", "bits before", "seconds"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "not run"
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread}"
+
+
+def main() -> None:
+    """Run what is missing, print and write the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=DATA, help="CIFAR-10 and weights")
+    parser.add_argument("--work", type=Path, required=True, help="keeps images, runs")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    found = measure(given.data, given.work, given.steps, given.batch, given.workers)
+    _, test = load_cifar(given.data, given.work)
+    reference = test.accuracy(trained_resnet20(given.data))
+    text = (
+        f"ResNet-20, {given.steps} steps of {given.batch} images, {len(SEEDS)} seeds, "
+        f"mean ± standard deviation; floating point {reference:.2f} %\n\n"
+        f"{table(found, MAIN, BITS)}\n\nParts of ours left out\n\n"
+        f"{table(found, ('ours', *ABLATIONS), ABLATION_BITS)}\n"
+    )
+    print(text)
+    RESULTS.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
