@@ -27,14 +27,18 @@ from ._probe import EdgeProbe
 
 Products = Mapping[str, Tensor]
 
+# Only the sum of the joint curvature over all samples is used, which samples, each with
+# signs of its own, average already; its slope has no such noise.
+JOINT_DRAWS = 1
+
 
 @dataclass(frozen=True)
 class Prediction:
     """Adds what a batch tells to the statistics of every edge.
 
     One forward pass at identity precision and ``draws`` backward passes; for ``joint``
-    one forward pass of the quantized model and ``draws + 1`` backward passes more; for
-    each width one forward pass more. Backward passes stop at activations. Memory is
+    one forward pass of the quantized model and two backward passes more; for each
+    width one forward pass more. Backward passes stop at activations. Memory is
     that of one forward pass with its graph and an error for each edge, and with
     widths, ``draws`` gradients of every edge.
 
@@ -76,7 +80,7 @@ class Prediction:
         """Each edge alone, linearized at identity precision; returns the output."""
         sources = [MeasuredErrors(self.statistics), *self._raised]
         probe, logits = self._run(batch, sources)
-        directions = self._directions(logits, self._alone_signs)
+        directions = Directions(logits, self.draws, self.curvature, self._alone_signs)
         drawn: list[list[Products]] = [[] for _ in sources]
         kept: list[Sequence[Tensor | None]] = []
         for number, direction in enumerate(directions, start=1):
@@ -115,15 +119,13 @@ class Prediction:
         gradients = probe.gradients(logits, slope, last=False)
         for edge, products in probe.products(gradients, size).items():
             self.statistics[edge].joint_slope += float(products.double().sum())
-        directions = self._directions(logits, self._joint_signs)
-        for number, direction in enumerate(directions, start=1):
-            gradients = probe.gradients(logits, direction, last=number == self.draws)
-            for edge, products in probe.products(gradients, size).items():
-                square = float(products.double().square().sum())
-                self.statistics[edge].joint_curvature += square / self.draws
-
-    def _directions(self, logits: Tensor, signs: torch.Generator) -> Directions:
-        return Directions(logits, self.draws, self.curvature, signs)
+        (direction,) = Directions(
+            logits, JOINT_DRAWS, self.curvature, self._joint_signs
+        )
+        gradients = probe.gradients(logits, direction, last=True)
+        for edge, products in probe.products(gradients, size).items():
+            square = float(products.double().square().sum())
+            self.statistics[edge].joint_curvature += square
 
     def _run(
         self,

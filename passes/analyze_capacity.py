@@ -41,8 +41,8 @@ class AnalyzeCapacity(Pass):
     """Write `EdgeFacts` on every quantizer node.
 
     Cost for each batch, for any number of edges: ``draws`` backward passes and one
-    forward pass; ``joint`` adds ``draws + 1`` and one, each width one forward pass. A
-    backward pass stops at activations, so it costs about as much as a forward pass.
+    forward pass; ``joint`` adds two and one, each width one forward pass. A backward
+    pass stops at activations, so it costs about as much as a forward pass.
 
     Attributes:
         batches: iterable of batches, alone or followed by targets.
