@@ -149,7 +149,7 @@ class EdgeProbe(Interpreter):
         return args[0]
 
     def _errors_of(self, quantizer: Quantizer, value: Tensor) -> list[Tensor]:
-        return [source(quantizer, value.detach()) for source in self.sources]
+        return [source(quantizer, value) for source in self.sources]
 
     def _weight(self, node: Node, quantizer: WeightQuantizer) -> Tensor:
         weight = self._input(node)
