@@ -91,8 +91,9 @@ class Prediction:
         kept: list[Sequence[Tensor | None]] = []
         for number, direction in enumerate(directions, start=1):
             gradients = probe.gradients(logits, direction, last=number == self.draws)
-            for index, products in enumerate(drawn):
-                products.append(probe.products(gradients, size, index))
+            found = probe.products(gradients, size)
+            for products, one in zip(drawn, found, strict=True):
+                products.append(one)
             if self._at_width:
                 kept.append(gradients)
         self._predict(drawn[0], directions, None)
@@ -101,7 +102,7 @@ class Prediction:
         del probe  # its errors make room for those at another width
         for errors in self._at_width:
             other, _ = self._run(batch, [errors], grad=False)
-            products = [other.products(gradients, size) for gradients in kept]
+            products = [other.products(gradients, size)[0] for gradients in kept]
             self._predict(products, directions, errors.widths)
         return logits.detach()
 
@@ -124,7 +125,7 @@ class Prediction:
         probe, logits = self._run(batch, [self._now], joint=True)
         slope = divergence_slope(logits, reference, self.curvature)
         gradients = probe.gradients(logits, slope, last=False)
-        products = probe.products(gradients, size)
+        (products,) = probe.products(gradients, size)
         for edges in _alike(products):
             slopes = _stacked(products, edges).double().sum(1)
             for edge, total in zip(edges, slopes.tolist(), strict=True):
@@ -133,7 +134,7 @@ class Prediction:
             logits, JOINT_DRAWS, self.curvature, self._joint_signs
         )
         gradients = probe.gradients(logits, direction, last=True)
-        products = probe.products(gradients, size)
+        (products,) = probe.products(gradients, size)
         for edges in _alike(products):
             squares = _stacked(products, edges).double().square().sum(1)
             for edge, total in zip(edges, squares.tolist(), strict=True):
