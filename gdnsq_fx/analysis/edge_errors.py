@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
+from gdnsq_fx.analysis.edge_statistics import EdgeStatistics, error_of_codes_
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 from gdnsq_fx.quantize.widths import at_width
 
@@ -27,6 +27,8 @@ class ErrorSource(Protocol):
 @torch.no_grad()
 def error_now(quantizer: Quantizer, value: Tensor) -> Tensor:
     """The error with the quantizer as it stands."""
+    if isinstance(quantizer, ActivationQuantizer):
+        return error_of_codes_(quantizer.codes(value), quantizer, value)
     return quantizer.quantize(value).sub_(value)
 
 

@@ -44,8 +44,7 @@ class EdgeStatistics:
         # Small types: a histogram is bound by the memory it reads.
         kind = torch.uint8 if self.levels <= 256 else torch.int32
         counts = torch.bincount(codes.reshape(-1).to(kind), minlength=self.levels)
-        quantized = from_codes_(codes, quantizer.step, quantizer.offset)
-        error = quantized.to(value.dtype).sub_(value)
+        error = error_of_codes_(codes, quantizer, value)
         self.counts = self.counts.to(counts.device) + counts
         self.elements += value.numel()
         self.signal = self.signal + sum_of_squares(value)
@@ -84,6 +83,14 @@ class EdgeStatistics:
             clipped=float(self.clipped) / max(self.elements, 1),
             **self.predictions(samples),
         )
+
+
+def error_of_codes_(
+    codes: Tensor, quantizer: ActivationQuantizer, value: Tensor
+) -> Tensor:
+    """Quantized minus exact value, in the memory of its codes."""
+    quantized = from_codes_(codes, quantizer.step, quantizer.offset)
+    return quantized.to(value.dtype).sub_(value)
 
 
 class WeightStatistics(EdgeStatistics):

@@ -37,7 +37,10 @@ def from_codes(codes: Tensor, step: Tensor, offset: Tensor) -> Tensor:
 
 
 def from_codes_(codes: Tensor, step: Tensor, offset: Tensor) -> Tensor:
-    """As `from_codes`, in the memory of codes that nothing reads afterwards."""
+    """As `from_codes`, in the memory of codes that nothing reads afterwards.
+
+    For passes without gradients, and outside what ``torch.fx`` may trace.
+    """
     return codes.mul_(step).add_(offset)
 
 
@@ -108,18 +111,12 @@ def quantize_weight(
     return _QuantizeWeight.apply(weight, step, lower, tuple(dims), estimator, top)  # type: ignore[no-any-return]
 
 
-def activation_codes(x: Tensor, step: Tensor, range_: Tensor, lower: Tensor) -> Tensor:
-    """Whole clamped codes of an activation, as floats; as in `quantize_activation`."""
-    codes = to_codes(wide(x, step), step, lower).clamp_(min=0.0)
-    return torch.minimum(codes, max_code(step, range_), out=codes)
-
-
 def weight_codes(
     weight: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
 ) -> Tensor:
     """Whole codes of a weight, as floats; arguments as in `quantize_weight`."""
     codes = to_codes(wide(weight, step), step, lower).clamp_(min=0.0)
-    return codes if top is None else torch.minimum(codes, top, out=codes)
+    return codes if top is None else torch.minimum(codes, top)
 
 
 def wide(value: Tensor, step: Tensor) -> Tensor:
@@ -139,8 +136,9 @@ class _QuantizeActivation(Function):
     ) -> Tensor:
         ctx.save_for_backward(x, step, range_, lower)
         ctx.estimator = estimator
-        codes = activation_codes(x, step, range_, lower)
-        return from_codes_(codes, step, lower).to(x.dtype)
+        codes = to_codes(wide(x, step), step, lower)
+        codes = torch.minimum(codes.clamp_(min=0.0), max_code(step, range_))
+        return from_codes(codes, step, lower).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -185,7 +183,7 @@ class _QuantizeWeight(Function):
         ctx.dims = dims
         ctx.estimator = estimator
         codes = weight_codes(weight, step, lower, top)
-        return from_codes_(codes, step, lower).to(weight.dtype)
+        return from_codes(codes, step, lower).to(weight.dtype)
 
     @staticmethod
     @once_differentiable

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.errors import CalibrationError
 from gdnsq_fx.quantize.functions import (
-    activation_codes,
     max_code,
     quantize_activation,
     quantize_weight,
     snap_offset,
+    to_codes,
     weight_codes,
     wide,
 )
@@ -123,7 +123,9 @@ class ActivationQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, value: Tensor) -> Tensor:
         """Whole codes from 0, as floats, of the value's shape."""
-        return activation_codes(value, self.step, self.range, self.offset)
+        codes = to_codes(wide(value, self.step), self.step, self.offset)
+        codes = codes.clamp_(min=0.0)
+        return torch.minimum(codes, max_code(self.step, self.range), out=codes)
 
     @torch.no_grad()
     def clipped(self, value: Tensor) -> Tensor:
