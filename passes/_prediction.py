@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,9 +13,9 @@ from gdnsq_fx.analysis.directions import Directions
 from gdnsq_fx.analysis.divergence import Curvature, divergence_slope, primary_output
 from gdnsq_fx.analysis.edge_errors import (
     ErrorsAt,
+    ErrorsNow,
     ErrorSource,
     MeasuredErrors,
-    error_now,
 )
 from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
 from gdnsq_fx.inputs import Batch, batch_size
@@ -27,14 +27,18 @@ from ._probe import EdgeProbe
 
 Products = Mapping[str, Tensor]
 
+# Only the sum of the joint curvature over all samples is used, which samples, each with
+# signs of its own, average already; its slope has no such noise.
+JOINT_DRAWS = 1
+
 
 @dataclass(frozen=True)
 class Prediction:
     """Adds what a batch tells to the statistics of every edge.
 
     One forward pass at identity precision and ``draws`` backward passes; for ``joint``
-    one forward pass of the quantized model and ``draws + 1`` backward passes more; for
-    each width one forward pass more. Backward passes stop at activations. Memory is
+    one forward pass of the quantized model and two backward passes more; for each
+    width one forward pass more. Backward passes stop at activations. Memory is
     that of one forward pass with its graph and an error for each edge, and with
     widths, ``draws`` gradients of every edge.
 
@@ -53,16 +57,22 @@ class Prediction:
     curvature: Curvature
     _alone_signs: torch.Generator = field(default_factory=lambda: _seeded(0))
     _joint_signs: torch.Generator = field(default_factory=lambda: _seeded(1))
+    _now: ErrorsNow = field(init=False)
     _raised: list[ErrorsAt] = field(default_factory=list[ErrorsAt])
     _at_width: list[ErrorsAt] = field(default_factory=list[ErrorsAt])
 
     def __post_init__(self) -> None:
         bits = {name: bit_width(s.levels) for name, s in self.statistics.items()}
+        # With widths the gradients of all draws fill the memory instead.
+        keep = not self.widths
+        now = ErrorsNow(keep=keep)
+        object.__setattr__(self, "_now", now)
         for width in self.widths:
-            self._at_width.append(ErrorsAt(dict.fromkeys(bits, width), bits))
+            at = dict.fromkeys(bits, width)
+            self._at_width.append(ErrorsAt(at, bits, now, keep=keep))
         if self.advice and not self.widths:
             more = {name: min(b + 1, MAX_BITS) for name, b in bits.items()}
-            self._raised.append(ErrorsAt(more, bits))
+            self._raised.append(ErrorsAt(more, bits, now, keep=keep))
 
     def add(self, batch: Batch) -> int:
         """Measure and predict on one batch; returns its number of samples."""
@@ -74,15 +84,16 @@ class Prediction:
 
     def _alone(self, batch: Batch, size: int) -> Tensor:
         """Each edge alone, linearized at identity precision; returns the output."""
-        sources = [MeasuredErrors(self.statistics), *self._raised]
+        sources = [MeasuredErrors(self.statistics, self._now), *self._raised]
         probe, logits = self._run(batch, sources)
-        directions = self._directions(logits, self._alone_signs)
+        directions = Directions(logits, self.draws, self.curvature, self._alone_signs)
         drawn: list[list[Products]] = [[] for _ in sources]
         kept: list[Sequence[Tensor | None]] = []
         for number, direction in enumerate(directions, start=1):
             gradients = probe.gradients(logits, direction, last=number == self.draws)
-            for index, products in enumerate(drawn):
-                products.append(probe.products(gradients, size, index))
+            found = probe.products(gradients, size)
+            for products, one in zip(drawn, found, strict=True):
+                products.append(one)
             if self._at_width:
                 kept.append(gradients)
         self._predict(drawn[0], directions, None)
@@ -91,7 +102,7 @@ class Prediction:
         del probe  # its errors make room for those at another width
         for errors in self._at_width:
             other, _ = self._run(batch, [errors], grad=False)
-            products = [other.products(gradients, size) for gradients in kept]
+            products = [other.products(gradients, size)[0] for gradients in kept]
             self._predict(products, directions, errors.widths)
         return logits.detach()
 
@@ -102,28 +113,32 @@ class Prediction:
         widths: Mapping[str, int] | None,
     ) -> None:
         """Add to the statistics what the products of all draws predict."""
-        for edge in drawn[0]:
-            products = torch.stack([products[edge] for products in drawn])
-            divergences = directions.divergences(products)
-            width = None if widths is None else widths[edge]
-            self.statistics[edge].add_divergence(divergences, width)
+        for edges in _alike(drawn[0]):
+            products = torch.stack([_stacked(one, edges) for one in drawn], 1)
+            totals: list[float] = directions.divergences(products).sum(1).tolist()
+            for edge, total in zip(edges, totals, strict=True):
+                width = None if widths is None else widths[edge]
+                self.statistics[edge].add_divergence(total, width)
 
     def _together(self, batch: Batch, size: int, reference: Tensor) -> None:
         """All edges quantized: slope and curvature of the divergence along each."""
-        probe, logits = self._run(batch, [error_now], joint=True)
+        probe, logits = self._run(batch, [self._now], joint=True)
         slope = divergence_slope(logits, reference, self.curvature)
         gradients = probe.gradients(logits, slope, last=False)
-        for edge, products in probe.products(gradients, size).items():
-            self.statistics[edge].joint_slope += float(products.double().sum())
-        directions = self._directions(logits, self._joint_signs)
-        for number, direction in enumerate(directions, start=1):
-            gradients = probe.gradients(logits, direction, last=number == self.draws)
-            for edge, products in probe.products(gradients, size).items():
-                square = float(products.double().square().sum())
-                self.statistics[edge].joint_curvature += square / self.draws
-
-    def _directions(self, logits: Tensor, signs: torch.Generator) -> Directions:
-        return Directions(logits, self.draws, self.curvature, signs)
+        (products,) = probe.products(gradients, size)
+        for edges in _alike(products):
+            slopes = _stacked(products, edges).double().sum(1)
+            for edge, total in zip(edges, slopes.tolist(), strict=True):
+                self.statistics[edge].joint_slope += total
+        (direction,) = Directions(
+            logits, JOINT_DRAWS, self.curvature, self._joint_signs
+        )
+        gradients = probe.gradients(logits, direction, last=True)
+        (products,) = probe.products(gradients, size)
+        for edges in _alike(products):
+            squares = _stacked(products, edges).double().square().sum(1)
+            for edge, total in zip(edges, squares.tolist(), strict=True):
+                self.statistics[edge].joint_curvature += total
 
     def _run(
         self,
@@ -137,6 +152,17 @@ class Prediction:
         args, kwargs = cloned((batch.args, batch.kwargs))
         with torch.set_grad_enabled(grad):
             return probe, primary_output(probe.run_all(args, kwargs))
+
+
+def _alike(products: Products) -> Iterator[list[str]]:
+    """Edges whose products have one shape: few calls, and reads, serve them all."""
+    for length in {len(one) for one in products.values()}:
+        yield [edge for edge, one in products.items() if len(one) == length]
+
+
+def _stacked(products: Products, edges: Sequence[str]) -> Tensor:
+    """Products of some edges, ``[edges, batch]`` or ``[edges, 1]``."""
+    return torch.stack([products[edge] for edge in edges])
 
 
 def _seeded(seed: int) -> torch.Generator:

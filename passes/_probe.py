@@ -8,12 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import (
-    tree_flatten,
-    tree_leaves,
-    tree_map,
-    tree_unflatten,
-)
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from gdnsq_fx.analysis.divergence import sample_products
 from gdnsq_fx.analysis.edge_errors import ErrorSource
@@ -29,6 +24,7 @@ from gdnsq_fx.quantize.quantizer import (
 from gdnsq_fx.sites import sites
 
 from ._base import placeholder_values
+from ._evaluated_norm import affine_norm, is_affine_norm
 from ._nested_calls import run_by
 
 # A tensor that gradients are taken for, the errors of the sources, the edge.
@@ -90,7 +86,10 @@ class EdgeProbe(Interpreter):
             return self._weight(n, module)
         if isinstance(module, ActivationQuantizer):
             return self._activation(n, module)
-        value = super().run_node(n)
+        if is_affine_norm(module) and len(n.args) == 1 and not n.kwargs:
+            value: Any = affine_norm(module, self._input(n))
+        else:
+            value = super().run_node(n)
         op = facts(n).op
         if op is None or self._errors.keys().isdisjoint(n.all_input_nodes):
             return value
@@ -115,28 +114,24 @@ class EdgeProbe(Interpreter):
         )
 
     def products(
-        self, gradients: Sequence[Tensor | None], batch: int, source: int = 0
-    ) -> Mapping[str, Tensor]:
-        """Inner product of gradient and error of each edge, ``[batch]`` or ``[1]``.
+        self, gradients: Sequence[Tensor | None], batch: int
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """For each source, inner product of gradient and error of each edge.
 
-        A weight that several layers share has several probes: their products add up.
-        The rows of a value inside an opaque module need not be samples: its products
-        add up over all of them, which has the same mean.
+        Each is ``[batch]`` or ``[1]``. Products of the probes of a shared weight add
+        up, and so do, over all rows, those inside an opaque module, whose rows need not
+        be samples: the sum has the same mean.
         """
-        products: dict[str, Tensor] = {}
+        found: list[dict[str, Tensor]] = [{} for _ in self.sources]
         for (_, errors, edge), gradient in zip(self.probes, gradients, strict=True):
             if gradient is None:
                 continue
             leading = 1 if edge in self._inside else batch
-            product = sample_products(gradient, errors[source], leading)
-            known = products.get(edge)
-            if known is None:
-                products[edge] = product
-            elif known.shape == product.shape:
-                products[edge] = known + product
-            else:
-                products[edge] = (known.sum() + product.sum()).reshape(1)
-        return products
+            # One gradient after another, which stays in the cache for all its errors.
+            for products, error in zip(found, errors, strict=True):
+                product = sample_products(gradient, error, leading)
+                products[edge] = _added(products.get(edge), product)
+        return found
 
     def _module_of(self, node: Node) -> object:
         return (
@@ -144,12 +139,12 @@ class EdgeProbe(Interpreter):
         )
 
     def _input(self, node: Node) -> Tensor:
-        """What flows into a quantizer node."""
+        """What flows into the node of a module with one input."""
         args, _ = self.fetch_args_kwargs_from_env(node)
         return args[0]
 
     def _errors_of(self, quantizer: Quantizer, value: Tensor) -> list[Tensor]:
-        return [source(quantizer, value.detach()) for source in self.sources]
+        return [source(quantizer, value) for source in self.sources]
 
     def _weight(self, node: Node, quantizer: WeightQuantizer) -> Tensor:
         weight = self._input(node)
@@ -231,6 +226,15 @@ class EdgeProbe(Interpreter):
         if node.op == "call_method":
             return self.call_method(str(node.target), args, kwargs)
         return self.call_function(cast(Any, node.target), args, kwargs)
+
+
+def _added(known: Tensor | None, product: Tensor) -> Tensor:
+    """The sum of two probes, for each sample where both can tell them apart."""
+    if known is None:
+        return product
+    if known.shape == product.shape:
+        return known + product
+    return (known.sum() + product.sum()).reshape(1)
 
 
 def _is_probed(leaf: object) -> bool:

@@ -8,6 +8,7 @@ read once, and memory does not grow with their number unless edges are confirmed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
@@ -41,8 +42,8 @@ class AnalyzeCapacity(Pass):
     """Write `EdgeFacts` on every quantizer node.
 
     Cost for each batch, for any number of edges: ``draws`` backward passes and one
-    forward pass; ``joint`` adds ``draws + 1`` and one, each width one forward pass. A
-    backward pass stops at activations, so it costs about as much as a forward pass.
+    forward pass; ``joint`` adds two and one, each width one forward pass. A backward
+    pass stops at activations, so it costs about as much as a forward pass.
 
     Attributes:
         batches: iterable of batches, alone or followed by targets.
@@ -116,6 +117,7 @@ class AnalyzeCapacity(Pass):
                     "analysis has no batch; pass a non-empty iterable that has not "
                     "been used up"
                 )
+            _check_numbers(found)
             self._write(graph_module, found, samples)
             self._confirm(graph_module, kept)
         return False
@@ -144,6 +146,15 @@ class AnalyzeCapacity(Pass):
         confirmation = Confirmation(graph_module, batches, self.curvature, self.joint)
         for site in ranked[: self.confirm]:
             confirmation.measure(site)
+
+
+def _check_numbers(found: Mapping[str, EdgeStatistics]) -> None:
+    for edge, one in found.items():
+        if math.isnan(float(one.signal)):
+            raise CalibrationError(
+                f"{edge} carries NaN on the analysis batches; run the model on them in "
+                "floating point and find where the first one comes from"
+            )
 
 
 def _predicted(site: WeightSite | ActivationSite) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 MAX_SQNR_DB = 200.0
 FLOAT_BITS = 32
 MAX_BINS = 1 << 24
+NORM_ROW = 1 << 12  # short enough for a sum in float32 to be accurate to its last bits
 
 
 def capacity_bits(elements: Tensor, levels: Tensor) -> float:
@@ -56,6 +57,22 @@ def grouped_entropy_bits(codes: Tensor, groups: int) -> float:
     else:  # many codes, most of them absent: sorting takes less memory
         counts = torch.unique(shifted, return_counts=True)[1].double()
     return max(float(-(counts * (counts / rows.shape[1]).log2()).sum()), 0.0)
+
+
+def sum_of_squares(value: Tensor) -> Tensor:
+    """Float64 scalar, from float32 norms of short rows: no wide copy is made.
+
+    Args:
+        value: any shape, floating point; squares must be numbers of float32.
+    """
+    flat = value.reshape(-1)
+    whole = flat.numel() // NORM_ROW * NORM_ROW
+    kind = torch.promote_types(value.dtype, torch.float32)
+    norms = [
+        torch.linalg.vector_norm(rows, dim=1, dtype=kind).double()
+        for rows in (flat[:whole].view(-1, NORM_ROW), flat[whole:].view(1, -1))
+    ]
+    return torch.cat(norms).square().sum()
 
 
 def sqnr_db(signal: float, noise: float) -> float:

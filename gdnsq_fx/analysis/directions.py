@@ -76,18 +76,19 @@ class Directions:
         """Predicted divergence of each sample, nats (squared error for ``identity``).
 
         Args:
-            products: ``[draws, B]``, or ``[draws, 1]`` where samples cannot be told
-                apart: inner products of the gradient of each draw with an error.
+            products: ``[..., draws, B]``, or ``[..., draws, 1]`` where samples cannot
+                be told apart: inner products of the gradient of each draw with an
+                error, of any number of edges.
 
         Returns:
-            ``[B]`` or ``[1]``, not below 0.
+            ``[..., B]`` or ``[..., 1]``, not below 0.
         """
         products = products.double()
         if self.curvature == "identity" or self.draws < LEAST_RECOVERED:
-            return products.square().mean(0)
+            return products.square().mean(-2)
         classes = self.logits.shape[class_dim(self.logits)]
-        if self.logits.numel() != products.shape[1] * classes:
-            return products.square().mean(0)
+        if self.logits.numel() != products.shape[-1] * classes:
+            return products.square().mean(-2)
         return self._saturating(products)
 
     def _assigned(self) -> Tensor:
@@ -110,20 +111,23 @@ class Directions:
 
     def _saturating(self, products: Tensor) -> Tensor:
         """The divergence of the likeliest classes; s_c^2 of those too unlikely."""
-        rows = products.shape[1]
+        rows = products.shape[-1]
         logits = self.logits.reshape(rows, -1).double()
         chosen = logits.topk(min(self.draws, logits.shape[1]), 1).indices
         columns = self._columns.reshape(rows, -1).gather(1, chosen).long()
         flips = self._flips.reshape(rows, -1).gather(1, chosen)
         p = torch.softmax(logits, 1).gather(1, chosen)
-        s = (products.T @ self._matrix.double() / self.draws).gather(1, columns) * flips
+        s = products.mT @ self._matrix.double() / self.draws
+        s = s.gather(-1, columns.expand(*s.shape[:-1], -1)) * flips
         known = p >= LEAST_P
         d = torch.where(known, s / p.clamp(min=LEAST_P).sqrt(), 0.0)
         rest = (1.0 - p.sum(1, keepdim=True)).clamp(min=0.0)
-        q = torch.softmax(torch.cat([p.log() + d, rest.log()], 1), 1)[:, :-1]
-        second = torch.where(known, 0.0, s.square()).sum(1)
-        missing = (p * d).sum(1).square()
-        return ((q - p) * d).sum(1).clamp(min=0.0) + missing + second
+        moved = p.log() + d
+        rest = rest.log().expand(*moved.shape[:-1], -1)
+        q = torch.softmax(torch.cat([moved, rest], -1), -1)[..., :-1]
+        second = torch.where(known, 0.0, s.square()).sum(-1)
+        missing = (p * d).sum(-1).square()
+        return ((q - p) * d).sum(-1).clamp(min=0.0) + missing + second
 
 
 def _numbers(count: int, logits: Tensor) -> Tensor:

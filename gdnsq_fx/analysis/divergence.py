@@ -19,6 +19,7 @@ from gdnsq_fx.errors import ConfigError
 
 Curvature = Literal["softmax", "identity"]
 LEAST_LOG_P = -1e4
+LEAST_DOT = 1 << 14  # a call for each sample pays where a product would leave the cache
 
 
 def primary_output(output: Any) -> Tensor:
@@ -137,9 +138,13 @@ def sample_products(gradient: Tensor, error: Tensor, batch: int) -> Tensor:
         ``[B]``, or ``[1]`` where samples do not lead: signs of different samples are
         independent, so the square of the sum has the same mean, with more variance.
     """
-    product = gradient.float() * error.float()
     # [T, B, C] with T a multiple of B leads with time, not with samples.
-    second = product.shape[1] if product.ndim > 1 else 0
-    rows = product.shape[0] if product.ndim else 0
+    second = error.shape[1] if error.ndim > 1 else 0
+    rows = error.shape[0] if error.ndim else 0
     leads = rows == batch or (rows > 0 and rows % batch == 0 and second != batch)
-    return product.reshape(batch if leads else 1, -1).sum(1)
+    samples = batch if leads else 1
+    first = gradient.float().reshape(samples, -1)
+    other = error.float().reshape(samples, -1)
+    if error.is_cpu and first.shape[1] >= LEAST_DOT:
+        return torch.stack(list(map(torch.dot, first, other)))
+    return (first * other).sum(1)

@@ -1,15 +1,18 @@
 """Where the error of an edge comes from while a probe runs the graph."""
 
+# The version counter of a tensor has no public name.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
+from gdnsq_fx.analysis.edge_statistics import EdgeStatistics, error_of_codes_
+from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 from gdnsq_fx.quantize.widths import at_width
 
 
@@ -24,21 +27,57 @@ class ErrorSource(Protocol):
 @torch.no_grad()
 def error_now(quantizer: Quantizer, value: Tensor) -> Tensor:
     """The error with the quantizer as it stands."""
-    return quantizer.quantize(value) - value
+    if isinstance(quantizer, ActivationQuantizer):
+        return error_of_codes_(quantizer.codes(value), quantizer, value)
+    return quantizer.quantize(value).sub_(value)
+
+
+class ErrorsNow:
+    """The errors with the quantizers as they stand.
+
+    Args:
+        keep: compute the error of a parameter once for all batches, which takes the
+            memory of the parameters. A weight that is computed from parameters is
+            another tensor each time, and its error is never kept.
+    """
+
+    def __init__(self, *, keep: bool) -> None:
+        self._keep = keep
+        self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def __call__(self, quantizer: Quantizer, value: Tensor) -> Tensor:
+        """The error of one value."""
+        if not self._keep or not _is_constant(quantizer, value):
+            return error_now(quantizer, value)
+        known = self._kept.get(quantizer.edge)
+        if known is None or known[0] is not value or known[1] != value._version:
+            known = value, value._version, error_now(quantizer, value)
+            self._kept[quantizer.edge] = known
+        return known[2]
+
+
+def _is_constant(quantizer: Quantizer, value: Tensor) -> bool:
+    """Whether the next batch brings the same tensor, which tells if it was changed."""
+    if not isinstance(quantizer, WeightQuantizer):
+        return False
+    return isinstance(value, nn.Parameter) and not value.is_inference()
 
 
 class MeasuredErrors:
     """The errors now; the values of activations are added to their statistics."""
 
-    def __init__(self, statistics: Mapping[str, EdgeStatistics]) -> None:
+    def __init__(
+        self, statistics: Mapping[str, EdgeStatistics], now: ErrorsNow
+    ) -> None:
         self._statistics = statistics
+        self._now = now
 
     @torch.no_grad()
     def __call__(self, quantizer: Quantizer, value: Tensor) -> Tensor:
         """The error of one value."""
         if isinstance(quantizer, ActivationQuantizer):
             return self._statistics[quantizer.edge].add_activation(quantizer, value)
-        return error_now(quantizer, value)
+        return self._now(quantizer, value)
 
 
 class ErrorsAt:
@@ -49,11 +88,22 @@ class ErrorsAt:
     Args:
         widths: of every edge, by name.
         hard_bits: of every edge, now.
+        now: of the edges that stand at their width.
+        keep: as in `ErrorsNow`.
     """
 
-    def __init__(self, widths: Mapping[str, int], hard_bits: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        hard_bits: Mapping[str, int],
+        now: ErrorsNow,
+        *,
+        keep: bool,
+    ) -> None:
         self.widths = widths
         self._hard_bits = hard_bits
+        self._now = now
+        self._then = ErrorsNow(keep=keep)
         self._placed: dict[str, Quantizer] = {}
 
     @torch.no_grad()
@@ -61,9 +111,9 @@ class ErrorsAt:
         """The error of one value."""
         edge = quantizer.edge
         if self._hard_bits[edge] == self.widths[edge]:
-            return error_now(quantizer, value)
+            return self._now(quantizer, value)
         placed = self._placed.get(edge)
         if placed is None:
             placed = at_width(quantizer, value, self.widths[edge])
             self._placed[edge] = placed
-        return error_now(placed, value)
+        return self._then(placed, value)

@@ -13,10 +13,11 @@ from gdnsq_fx.analysis.capacity import (
     entropy_bits,
     grouped_entropy_bits,
     sqnr_db,
+    sum_of_squares,
 )
 from gdnsq_fx.analysis.divergence import vanishing_divergence
 from gdnsq_fx.annotations import EdgeFacts
-from gdnsq_fx.quantize.functions import from_codes
+from gdnsq_fx.quantize.functions import from_codes_
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from gdnsq_fx.sites import activation_sites, bit_width, weight_sites
 
@@ -27,9 +28,10 @@ class EdgeStatistics:
     def __init__(self, levels: int) -> None:
         self.levels = levels
         self.elements = 0
-        self.signal = 0.0
-        self.noise = 0.0
-        self.clipped = 0
+        # Tensors after the first batch: reading them waits for the device.
+        self.signal: Tensor | float = 0.0
+        self.noise: Tensor | float = 0.0
+        self.clipped: Tensor | float = 0.0
         self.divergence = 0.0
         self.divergence_at: dict[int, float] = {}
         self.joint_slope = 0.0
@@ -39,19 +41,19 @@ class EdgeStatistics:
     def add_activation(self, quantizer: ActivationQuantizer, value: Tensor) -> Tensor:
         """Take note of a batch; returns its quantization error, of the same shape."""
         codes = quantizer.codes(value)
-        quantized = from_codes(codes, quantizer.step, quantizer.offset)
-        error = quantized.to(value.dtype) - value
-        counts = torch.bincount(codes.reshape(-1).long(), minlength=self.levels)
-        self.counts += counts.to(self.counts.device)
+        # Small types: a histogram is bound by the memory it reads.
+        kind = torch.uint8 if self.levels <= 256 else torch.int32
+        counts = torch.bincount(codes.reshape(-1).to(kind), minlength=self.levels)
+        error = error_of_codes_(codes, quantizer, value)
+        self.counts = self.counts.to(counts.device) + counts
         self.elements += value.numel()
-        self.signal += float(value.double().square().sum())
-        self.noise += float(error.double().square().sum())
-        self.clipped += int(quantizer.clipped(value).sum())
+        self.signal = self.signal + sum_of_squares(value)
+        self.noise = self.noise + sum_of_squares(error)
+        self.clipped = self.clipped + quantizer.clipped_count(value).double()
         return error
 
-    def add_divergence(self, samples: Tensor, width: int | None = None) -> None:
-        """Add predicted divergences of samples, now or at another bit-width."""
-        total = float(samples.double().sum())
+    def add_divergence(self, total: float, width: int | None = None) -> None:
+        """Add a sum over samples of predicted divergences, now or at another width."""
         if width is None:
             self.divergence += total
         else:
@@ -77,10 +79,18 @@ class EdgeStatistics:
             bits=bit_width(self.levels),
             capacity=capacity_bits(torch.tensor(elements), levels),
             entropy=entropy_bits(self.counts) / samples,
-            sqnr_db=sqnr_db(self.signal, self.noise),
-            clipped=self.clipped / max(self.elements, 1),
+            sqnr_db=sqnr_db(float(self.signal), float(self.noise)),
+            clipped=float(self.clipped) / max(self.elements, 1),
             **self.predictions(samples),
         )
+
+
+def error_of_codes_(
+    codes: Tensor, quantizer: ActivationQuantizer, value: Tensor
+) -> Tensor:
+    """Quantized minus exact value, in the memory of its codes."""
+    quantized = from_codes_(codes, quantizer.step, quantizer.offset)
+    return quantized.to(value.dtype).sub_(value)
 
 
 class WeightStatistics(EdgeStatistics):
@@ -95,10 +105,9 @@ class WeightStatistics(EdgeStatistics):
         codes = quantizer.layout.grouped(quantizer.codes(weight))
         codes = codes.permute(*kept, *quantizer.dims)
         groups = levels.numel()
-        error = (quantizer.quantize(weight) - weight).double()
         self.elements = weight.numel()
-        self.signal = float(weight.double().square().sum())
-        self.noise = float(error.square().sum())
+        self.signal = sum_of_squares(weight)
+        self.noise = sum_of_squares(quantizer.quantize(weight).sub_(weight))
         self.capacity = capacity_bits(torch.tensor(weight.numel() / groups), levels)
         self.entropy = grouped_entropy_bits(codes, groups)
 
@@ -109,7 +118,7 @@ class WeightStatistics(EdgeStatistics):
             bits=bit_width(self.levels),
             capacity=self.capacity,
             entropy=self.entropy,
-            sqnr_db=sqnr_db(self.signal, self.noise),
+            sqnr_db=sqnr_db(float(self.signal), float(self.noise)),
             clipped=0.0,
             **self.predictions(samples),
         )

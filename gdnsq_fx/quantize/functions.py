@@ -36,6 +36,14 @@ def from_codes(codes: Tensor, step: Tensor, offset: Tensor) -> Tensor:
     return codes.mul(step).add_(offset)
 
 
+def from_codes_(codes: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+    """As `from_codes`, in the memory of codes that nothing reads afterwards.
+
+    For passes without gradients, and outside what ``torch.fx`` may trace.
+    """
+    return codes.mul_(step).add_(offset)
+
+
 def max_code(step: Tensor, range_: Tensor) -> Tensor:
     """Largest code of a clamped quantizer, ``round(q/s - 1)`` (scalar tensor)."""
     return (range_ / step - 1.0).round()

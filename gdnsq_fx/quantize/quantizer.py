@@ -125,13 +125,25 @@ class ActivationQuantizer(Quantizer):
         """Whole codes from 0, as floats, of the value's shape."""
         codes = to_codes(wide(value, self.step), self.step, self.offset)
         codes = codes.clamp_(min=0.0)
-        return torch.minimum(codes, max_code(self.step, self.range))
+        return torch.minimum(codes, max_code(self.step, self.range), out=codes)
 
     @torch.no_grad()
     def clipped(self, value: Tensor) -> Tensor:
         """Where a value lies outside the clamp, bool of the value's shape."""
         lower = self.offset
         return (value < lower) | (value > lower + self.range - self.step)
+
+    @torch.no_grad()
+    def clipped_count(self, value: Tensor) -> Tensor:
+        """How many values are `clipped`, a scalar tensor of the value's precision.
+
+        Those that the clamp moves. A sum of floats takes a fraction of the time that
+        comparing and counting takes; it is exact up to 2^24.
+        """
+        value, lower = wide(value, self.step), self.offset
+        moved = torch.maximum(value, lower)
+        torch.minimum(moved, lower + self.range - self.step, out=moved)
+        return moved.ne_(value).sum()
 
     def capacity(self) -> Tensor:
         """log2(q/s), bits per element, differentiable scalar."""

@@ -14,6 +14,7 @@ from gdnsq_fx.analysis.capacity import (
     entropy_bits,
     grouped_entropy_bits,
     sqnr_db,
+    sum_of_squares,
 )
 
 
@@ -72,6 +73,17 @@ def test_sparse_alphabets_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     wanted = grouped_entropy_bits(codes.float(), 6)
     monkeypatch.setattr(capacity, "MAX_BINS", 10)
     assert grouped_entropy_bits(codes.float(), 6) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4096), (7, 3001), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_sum_of_squares_of_any_shape(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = sum_of_squares(value)
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(float(value.double().square().sum()), rel=1e-6)
 
 
 def test_sqnr_in_decibels() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gdnsq_fx
 from gdnsq_fx.analysis.divergence import (
+    LEAST_DOT,
     Curvature,
     curvature_root,
     jeffreys,
@@ -119,6 +120,18 @@ def test_products_are_summed_within_a_sample_before_squaring() -> None:
     # Samples that do not lead: one sum.
     assert sample_products(torch.ones(3, 2), torch.ones(3, 2), 2).tolist() == [6.0]
     assert sample_products(torch.tensor(2.0), torch.tensor(3.0), 2).tolist() == [6.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products_of_many_values_are_those_of_few(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Strided, and so large that each sample has a dot product of its own.
+    pair = torch.randn(2, 3, LEAST_DOT, 2, generator=generator).to(dtype)
+    gradient, error = pair.transpose(2, 3)
+    wanted = (gradient.double() * error.double()).flatten(1).sum(1)
+    assert torch.allclose(
+        sample_products(gradient, error, 3).double(), wanted, atol=1e-3, rtol=0.0
+    )
 
 
 # --- which output ---

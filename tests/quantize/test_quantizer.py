@@ -195,6 +195,8 @@ def test_weight_levels_are_those_that_the_weight_spans() -> None:
 def test_clipped_elements() -> None:
     x = torch.tensor([-0.26, -0.25, 0.0, 1.25, 1.26])
     assert _activation().clipped(x).tolist() == [True, False, False, False, True]
+    assert int(_activation().clipped_count(x)) == 2
+    assert int(_activation().clipped_count(x[0])) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -587,3 +589,4 @@ def test_half_precision_values(dtype: torch.dtype) -> None:
     assert torch.equal(quantizer(x), quantizer(x.float()).to(dtype))
     assert torch.equal(quantizer.codes(x), quantizer.codes(x.float()))
     assert torch.equal(quantizer.clipped(x), quantizer.clipped(x.float()))
+    assert int(quantizer.clipped_count(x)) == int(quantizer.clipped(x).sum()) > 0
