@@ -45,6 +45,7 @@ from gdnsq_fx.training.edges import (
     raise_edge,
     slope,
 )
+from gdnsq_fx.training.process_group import ProcessGroup
 from gdnsq_fx.training.schedule import Schedule
 from gdnsq_fx.training.sensitivity import Sensitivity
 from gdnsq_fx.training.water_filling import water_filled
@@ -63,6 +64,7 @@ class LearnedBits:
         graph_module: a prepared model; quantizers and their targets change in place.
         budget: what must not be exceeded in the end.
         schedule: how fast the cost comes down.
+        group: processes that train the model, for which the main one decides.
 
     Attributes:
         is_whole: bits are whole by now, and targets final.
@@ -72,9 +74,14 @@ class LearnedBits:
     """
 
     def __init__(
-        self, graph_module: GraphModule, budget: Budget, schedule: Schedule
+        self,
+        graph_module: GraphModule,
+        budget: Budget,
+        schedule: Schedule,
+        group: ProcessGroup | None = None,
     ) -> None:
         self._graph_module = graph_module
+        self._group = group or ProcessGroup()
         self._budget = budget
         self._model = CostModel.of(graph_module)
         self._cost = ContinuousCost(self._model)
@@ -212,7 +219,9 @@ class LearnedBits:
             raise_edge(edge, bits)
 
     def _whole_bits(self, divergences: Divergences) -> dict[str, int]:
-        return dict(best_allocation(divergences, self._model, self._budget).bits)
+        return self._group.on_main(
+            lambda: dict(best_allocation(divergences, self._model, self._budget).bits)
+        )
 
     def _learned(self) -> Divergences:
         """What each edge would cost at each width by the gradients so far."""
