@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from gdnsq_fx.training.process_group import ProcessGroup
@@ -16,11 +17,9 @@ class Engine(Protocol):
 
     Attributes:
         group: the processes.
-        joins_penalty: whether one backward pass is for loss and penalty together.
     """
 
     group: ProcessGroup
-    joins_penalty: bool
 
     def working(self, qmodel: GraphModule) -> AbstractContextManager[GraphModule]:
         """The model to train inside the block; the results are the given one's."""
@@ -38,6 +37,10 @@ class Engine(Protocol):
         """After backward: what it has not averaged itself."""
         ...
 
+    def add_gradients(self, compute: Callable[[], Tensor]) -> None:
+        """Add those of a value of the parameters alone, the same in every process."""
+        ...
+
     def weights(self) -> AbstractContextManager[object]:
         """Inside the block every process has all weights, to be read and not written.
 
@@ -51,7 +54,6 @@ class SingleProcess:
 
     def __init__(self) -> None:
         self.group = ProcessGroup()
-        self.joins_penalty = True
 
     def working(self, qmodel: GraphModule) -> AbstractContextManager[GraphModule]:
         """The model itself."""
@@ -67,6 +69,10 @@ class SingleProcess:
 
     def average_rest(self) -> None:
         """There is nobody to average with."""
+
+    def add_gradients(self, compute: Callable[[], Tensor]) -> None:
+        """By backward."""
+        compute().backward()
 
     def weights(self) -> AbstractContextManager[object]:
         """They are always there."""

@@ -1,6 +1,7 @@
 """BatchNorm with the statistics of the global batch, on any device.
 
-Torch's ``SyncBatchNorm`` refuses tensors on the CPU. This one leaves all others to it.
+Torch's ``SyncBatchNorm`` has kernels for accelerators and refuses the CPU, where
+`GlobalBatchNorm` takes its place.
 With n values of a channel over all processes, mean m and variance v,
 
     y = (x - m) / sqrt(v + eps) * weight + bias,  m = sum x / n,  v = sum (x - m)^2 / n
@@ -16,36 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+
+from gdnsq_fx.inputs import model_device
 
 # A subclass may do more than normalize (an activation): it keeps its own forward.
 _REPLACED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-class GlobalBatchNorm(nn.SyncBatchNorm):
-    """A ``SyncBatchNorm`` that works on the CPU as well."""
-
-    @classmethod
-    def of(cls, layer: Any) -> GlobalBatchNorm:
-        """One with the parameters and buffers of a layer, which both then share."""
-        made = cls(
-            layer.num_features,
-            layer.eps,
-            layer.momentum,
-            layer.affine,
-            layer.track_running_stats,
-            device="meta",
-        )
-        for name in ("weight", "bias"):
-            setattr(made, name, getattr(layer, name))
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            setattr(made, name, getattr(layer, name))
-        made.training = layer.training
-        return made
+class GlobalBatchNorm(_BatchNorm):
+    """BatchNorm over all processes, on the CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``[batch, channels, ...]``; only training is collective."""
-        if input.device.type != "cpu":
-            return super().forward(input)
         mean, variance = self.running_mean, self.running_var
         if self.training or mean is None or variance is None:
             mean, variance = self._observed(input.float())
@@ -87,7 +72,25 @@ def synchronize_batch_norm(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in _REPLACED:
-                setattr(parent, name, GlobalBatchNorm.of(child))
+                setattr(parent, name, _over_processes(child))
+
+
+def _over_processes(layer: Any) -> _BatchNorm:
+    """A layer with the parameters and buffers of the given one, which both share."""
+    device = model_device(layer)
+    on_cpu = device is None or device.type == "cpu"
+    made = (GlobalBatchNorm if on_cpu else nn.SyncBatchNorm)(
+        layer.num_features,
+        layer.eps,
+        layer.momentum,
+        layer.affine,
+        layer.track_running_stats,
+        device="meta",
+    )
+    for name in _TENSORS:
+        setattr(made, name, getattr(layer, name))
+    made.training = layer.training
+    return made
 
 
 class _Sum(Function):

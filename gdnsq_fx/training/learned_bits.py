@@ -93,7 +93,6 @@ class LearnedBits:
         self._before = self._fixed.targets
         memory = MEMORY * schedule.descent_steps
         self._sensitivity = Sensitivity(len(self._edges), memory)
-        self._observed: tuple[Tensor, Tensor] | None = None
         self.is_whole = False
         self._plan = self._whole_bits(_predicted(graph_module) or self._learned())
         assign_targets(graph_module, self._plan)
@@ -121,21 +120,16 @@ class LearnedBits:
             excess = self._cost(name, capacities) / bound - 1.0
             pressure = pressure + torch.relu(excess + EPSILON)
         scale = self._fixed.loss_scale
-        penalty = pressure.to(scale.device, scale.dtype) * scale * growth
-        (by_bits,) = torch.autograd.grad(penalty, capacities, retain_graph=True)
-        self._observed = capacities.detach(), by_bits
-        return penalty
+        return pressure.to(scale.device, scale.dtype) * scale * growth
 
     @torch.no_grad()
     def observe_gradients(self) -> None:
-        """Learn what bits are worth; call after backward, before clipping."""
-        if self._observed is None:
+        """Learn what bits are worth from the gradients of the loss alone; call after
+        its backward, before that of the penalty, which may exceed it by far."""
+        if self.is_whole:
             return
-        capacities, by_bits = self._observed
-        # The gradients hold the penalty's own part, which is known.
-        slopes = torch.stack([slope(edge) for edge in self._edges]) + by_bits
-        self._sensitivity.observe(slopes, capacities)
-        self._observed = None
+        slopes = torch.stack([slope(edge) for edge in self._edges])
+        self._sensitivity.observe(slopes, mean_capacities(self._edges))
 
     @torch.no_grad()
     def project(self, cap: Cap) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,9 +25,6 @@ class Replicated:
 
     def __init__(self, group: ProcessGroup, handler: Any = None) -> None:
         self.group = group
-        # The penalty reads all weights, also those that a batch leaves out; after the
-        # gradients of the loss are averaged, its own are the same everywhere.
-        self.joins_penalty = False
         self._handler = handler
         self._wrapped: DistributedDataParallel | None = None
 
@@ -57,6 +54,10 @@ class Replicated:
 
     def average_rest(self) -> None:
         """Backward has averaged everything."""
+
+    def add_gradients(self, compute: Callable[[], Tensor]) -> None:
+        """By backward: between two forward passes nothing is averaged."""
+        compute().backward()
 
     def weights(self) -> AbstractContextManager[object]:
         """They are always there."""

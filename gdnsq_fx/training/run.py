@@ -119,10 +119,10 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
-        loss = self._backward(step, batches)
+        loss = self._backward(batches)
         self.engine.average_rest()
         self.precision.unscale(self.optimizer)
-        self.constraint.observe_gradients()
+        self.engine.add_gradients(lambda: self._penalty(step))
         norm = clip_gradients(self.qmodel.parameters(), self.max_grad_norm)
         usable = self._is_usable(step, loss, norm)
         self.precision.update(self.optimizer, usable=usable)
@@ -133,8 +133,8 @@ class Run:
             self.average.update(self.taken)
         return loss
 
-    def _backward(self, step: int, batches: Sequence[Batch]) -> Tensor:
-        """Gradients of the mean loss of the batches and of the penalty."""
+    def _backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Gradients of the mean loss of the batches; returns it, of all processes."""
         if not batches:
             raise ConfigError("a step needs at least one batch")
         *earlier, last = batches
@@ -145,15 +145,15 @@ class Run:
                 self.precision.backward(share)
             shares.append(share.detach())
         share = self._loss(last) / len(batches)
+        self.precision.backward(share)
         shares.append(share.detach())
         mean = self.engine.group.mean(torch.stack(shares).sum())
         self._observe(mean)
-        if not self.engine.joins_penalty:
-            self.precision.backward(share)
-            share = torch.zeros_like(mean)
-        penalty = self.constraint.penalty(self.schedule.progress(step))
-        self.precision.backward(share + penalty)
         return mean
+
+    def _penalty(self, step: int) -> Tensor:
+        self.constraint.observe_gradients()
+        return self.constraint.penalty(self.schedule.progress(step))
 
     def _loss(self, batch: Batch) -> Tensor:
         with self.precision.autocast():

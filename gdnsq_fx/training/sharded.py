@@ -8,7 +8,7 @@ gradients and optimizer state. Quantizers are a few numbers and stay whole every
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from gdnsq_fx.errors import TrainingDivergedError
 from gdnsq_fx.quantize.quantizer import Quantizer
-from gdnsq_fx.training.dtensors import is_sharded
+from gdnsq_fx.training.dtensors import is_sharded, placed_like
 from gdnsq_fx.training.global_batch_norm import synchronize_batch_norm
 from gdnsq_fx.training.process_group import ProcessGroup
 from gdnsq_fx.training.working_copy import give_back, working_copy
@@ -34,8 +34,6 @@ class Sharded:
 
     def __init__(self, group: ProcessGroup, device: str) -> None:
         self.group = group
-        # Backward frees the whole weights, which the penalty's own part reads.
-        self.joins_penalty = True
         self._device = device
         self._root: Any = None
 
@@ -95,6 +93,21 @@ class Sharded:
             if share > 0.0:
                 parameter.grad = values.view_as(parameter).to(parameter.dtype)
 
+    def add_gradients(self, compute: Callable[[], Tensor]) -> None:
+        """Of the whole weights; each process keeps its part."""
+        with self.weights():
+            given = self._learning()
+            found = torch.autograd.grad(compute(), [*given.values()], allow_unused=True)
+        for (name, parameter), gradient in zip(
+            self._learning().items(), found, strict=True
+        ):
+            assert name in given
+            if gradient is None:
+                continue
+            part = placed_like(gradient, parameter)
+            earlier = parameter.grad
+            parameter.grad = part if earlier is None else earlier + part
+
     @contextmanager
     def weights(self) -> Generator[None]:
         """Gather them for the time of the block."""
@@ -103,6 +116,11 @@ class Sharded:
             yield
         finally:
             self._root.reshard()
+
+    def _learning(self) -> dict[str, nn.Parameter]:
+        """Parameters with gradients, whole or in parts as they are now."""
+        every: dict[str, nn.Parameter] = dict(self._root.named_parameters())
+        return {name: p for name, p in every.items() if p.requires_grad}
 
 
 class _Root(nn.Module):

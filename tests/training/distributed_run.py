@@ -44,8 +44,8 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.first(x)))
-        x = torch.relu(self.second(x)) * self.scale
-        return self.head(self.layer_norm(x.flatten(1)))
+        x = torch.relu(self.second(x))
+        return self.head(self.layer_norm(x.flatten(1)) * self.scale)
 
 
 def samples() -> Tensor:
@@ -63,9 +63,9 @@ def share_of(accelerator: Accelerator) -> list[Tensor]:
 def prepared(seed: int = 0, **options: Any) -> GraphModule:
     """The same on every process, unless the seed differs."""
     torch.manual_seed(seed)
-    model, batches = Net(), samples().split(BATCH)
-    config = gdnsq_fx.QuantConfig(2, 2, first_last=None, **options)
-    return gdnsq_fx.prepare(model, batches[0], config, list(batches)).train()
+    model, examples = Net(), torch.randn(4, BATCH, 1, 4, 4)
+    config = gdnsq_fx.QuantConfig(4, 4, first_last=None, **options)
+    return gdnsq_fx.prepare(model, examples[0], config, list(examples)).train()
 
 
 def tuned(
