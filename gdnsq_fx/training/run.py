@@ -92,7 +92,7 @@ class Run:
                     True  # to train without them would be no fine-tuning
                 )
         self.constraint.open_to(schedule.start_bits)
-        self.module = self.engine.forward(module or qmodel)
+        self.module = self.engine.forward(qmodel if module is None else module)
         self.optimizer = torch.optim.Adam(
             parameter_groups(qmodel, schedule, settings.lr)
         )
