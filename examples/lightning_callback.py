@@ -3,9 +3,8 @@
     pip install lightning
     python examples/lightning_callback.py
 
-The module's loss adds the penalty; the callback opens the quantizers, and projects
-after every optimizer step. A small network and random data, so that nothing is
-downloaded.
+The module's loss adds the penalty; the callback projects after every optimizer step. A
+small network and random data, so that nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ class Quantized(lightning.LightningModule):
         self.teacher = teacher.requires_grad_(False)
         self.schedule = schedule
         self.constraint = Constraint(qmodel)
+        self.constraint.open_to(schedule.start_bits)
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         """Distillation from the original model, and the penalty."""
@@ -65,10 +65,6 @@ class Quantized(lightning.LightningModule):
 
 class Projection(Callback):
     """Holds every capacity under the cap, which comes down to its target."""
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin with more bits than the target."""
-        pl_module.constraint.open_to(pl_module.schedule.start_bits)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

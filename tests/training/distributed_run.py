@@ -31,7 +31,7 @@ STEPS, BATCH = 20, 16
 
 
 class Net(nn.Module):
-    """Convolutions, BatchNorm, LayerNorm, a scalar parameter, sizes that do not divide."""
+    """BatchNorm, LayerNorm, a scalar parameter, sizes that two does not divide."""
 
     def __init__(self) -> None:
         super().__init__()
