@@ -81,7 +81,7 @@ def main() -> None:
     data = torch.randn(512, 16)
     config = gdnsq_fx.QuantConfig(weight_bits=2, act_bits=2, first_last=None)
     qmodel = gdnsq_fx.prepare(copy.deepcopy(model), data[:BATCH], config, [data])
-    module = Quantized(qmodel, model, gdnsq_fx.Schedule(STEPS))
+    module = Quantized(qmodel.train(), model, gdnsq_fx.Schedule(STEPS))
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
             max_steps=STEPS,

@@ -46,7 +46,7 @@ class GlobalBatchNorm(_BatchNorm):
         dims = [0, *range(2, values.dim())]
         count = values.new_tensor([values.numel() / values.shape[1]])
         sums = _Sum.apply(torch.cat([values.sum(dims), count]))
-        mean, total = sums[:-1] / sums[-1], float(sums[-1])
+        mean, total = sums[:-1] / sums[-1], float(sums[-1].detach())
         shape = (1, -1) + (1,) * (values.dim() - 2)
         squares = (values - mean.view(shape)).square().sum(dims)
         variance = _Sum.apply(squares) / total

@@ -96,12 +96,11 @@ class Sharded:
     def add_gradients(self, compute: Callable[[], Tensor]) -> None:
         """Of the whole weights; each process keeps its part."""
         with self.weights():
-            given = self._learning()
-            found = torch.autograd.grad(compute(), [*given.values()], allow_unused=True)
-        for (name, parameter), gradient in zip(
-            self._learning().items(), found, strict=True
-        ):
-            assert name in given
+            found = torch.autograd.grad(
+                compute(), self._learning(), allow_unused=True, materialize_grads=False
+            )
+        gradients: tuple[Tensor | None, ...] = found
+        for parameter, gradient in zip(self._learning(), gradients, strict=True):
             if gradient is None:
                 continue
             part = placed_like(gradient, parameter)
@@ -117,10 +116,10 @@ class Sharded:
         finally:
             self._root.reshard()
 
-    def _learning(self) -> dict[str, nn.Parameter]:
-        """Parameters with gradients, whole or in parts as they are now."""
-        every: dict[str, nn.Parameter] = dict(self._root.named_parameters())
-        return {name: p for name, p in every.items() if p.requires_grad}
+    def _learning(self) -> list[nn.Parameter]:
+        """Parameters with gradients, whole or in parts as they are now; the order is
+        that of the modules and stays."""
+        return [p for p in self._root.parameters() if p.requires_grad]
 
 
 class _Root(nn.Module):
