@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +96,8 @@ class Sharded:
     def add_gradients(self, compute: Callable[[], Tensor]) -> None:
         """Of the whole weights; each process keeps its part."""
         with self.weights():
-            found = torch.autograd.grad(
-                compute(), self._learning(), allow_unused=True, materialize_grads=False
-            )
-        gradients: tuple[Tensor | None, ...] = found
+            found = torch.autograd.grad(compute(), self._learning(), allow_unused=True)
+        gradients = cast("tuple[Tensor | None, ...]", found)
         for parameter, gradient in zip(self._learning(), gradients, strict=True):
             if gradient is None:
                 continue

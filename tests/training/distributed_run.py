@@ -140,13 +140,13 @@ def seeds_differ(accelerator: Accelerator) -> dict[str, Any]:
     return tuned(accelerator, prepared(seed=accelerator.process_index))
 
 
-def loader(accelerator: Accelerator) -> dict[str, Any]:
+def loader(accelerator: Accelerator, **options: Any) -> dict[str, Any]:
     """Global batches that shuffle, cut by accelerate."""
     torch.manual_seed(3)
     drawn = torch.Generator().manual_seed(5)
     data = TensorDataset(samples())
     whole = DataLoader(data, batch_size=BATCH, shuffle=True, generator=drawn)
-    return tuned(accelerator, batches=accelerator.prepare(whole))
+    return tuned(accelerator, batches=accelerator.prepare(whole), **options)
 
 
 def resumed(folder: Path, accelerator: Accelerator, **options: Any) -> dict[str, Any]:
