@@ -5,6 +5,7 @@ and the random state at its start. To come back to it, that state is put back, t
 iterable is iterated anew, and the batches already used are read and dropped. Samplers
 draw their order when a pass starts, so a shuffling ``DataLoader`` gives the same order,
 whether it draws from the global generators or from a ``generator`` of its own.
+What has ``set_epoch`` (samplers for several processes) is told the number of the pass.
 Generators that hide elsewhere, such as in a dataset, are not covered; derive what they
 draw from the index of the sample. An iterator that cannot be iterated again must start
 from its first batch when the run is resumed.
@@ -51,6 +52,7 @@ class BatchStream:
         self._resumable = resumable
         self._iterator: Iterator[Any] | None = None
         self._start: dict[str, Tensor] = {}
+        self._passes = 0
         self._used = 0
         self._given = 0
         self._peeked: Batch | None = None
@@ -80,7 +82,11 @@ class BatchStream:
 
     def state(self) -> dict[str, Tensor]:
         """Where it stands. Only between steps: nothing may be peeked at."""
-        counts = {"used": torch.tensor(self._used), "given": torch.tensor(self._given)}
+        counts = {
+            "passes": torch.tensor(self._passes),
+            "used": torch.tensor(self._used),
+            "given": torch.tensor(self._given),
+        }
         now = {f"now.{n}": s for n, s in enumerate(self._generator_states())}
         return {**counts, **now, **self._start}
 
@@ -91,6 +97,7 @@ class BatchStream:
             CheckpointError: the pass ends before that position.
         """
         generators = _generators(self._batches)
+        self._passes = int(state["passes"]) - 1
         _set_generators(generators, state, "start.generator")
         set_random_state(under(state, "start.global"))
         self._iterator, self._used = self._new_pass(), 0
@@ -128,6 +135,8 @@ class BatchStream:
             own = {f"start.generator.{n}": state for n, state in states}
             shared = {f"start.global.{n}": s for n, s in random_state().items()}
             self._start = {**own, **shared}
+        _set_epoch(self._batches, self._passes)
+        self._passes += 1
         return iter(self._batches)
 
     def _generator_states(self) -> list[Tensor]:
@@ -137,14 +146,29 @@ class BatchStream:
 def _generators(batches: Any) -> list[torch.Generator]:
     """What a ``DataLoader`` and its samplers draw from, each once."""
     found: dict[int, torch.Generator] = {}
-    for path in _HOLDERS:
-        holder = batches
-        for name in path:
-            holder = getattr(holder, name, None)
+    for holder in _holders(batches):
         generator = getattr(holder, "generator", None)
         if isinstance(generator, torch.Generator):
             found[id(generator)] = generator
     return list(found.values())
+
+
+def _set_epoch(batches: Any, number: int) -> None:
+    """Tell a ``DataLoader`` and its samplers which pass begins, where they ask."""
+    for holder in _holders(batches):
+        tell = getattr(holder, "set_epoch", None)
+        if callable(tell):
+            tell(number)
+
+
+def _holders(batches: Any) -> list[Any]:
+    found: list[Any] = []
+    for path in _HOLDERS:
+        holder = batches
+        for name in path:
+            holder = getattr(holder, name, None)
+        found.append(holder)
+    return found
 
 
 def _set_generators(

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from gdnsq_fx.training.checkpoint_folder import CheckpointFolder, Identity
+from gdnsq_fx.training.process_group import ProcessGroup
 from gdnsq_fx.training.random_state import random_state, set_random_state
 from gdnsq_fx.training.stored_state import joined, under
 from gdnsq_fx.training.termination import Termination
+
+_OF_EACH_PROCESS = ("batches", "random")
+"""Parts in which processes differ; all others are the same everywhere."""
 
 
 class Resumable(Protocol):
@@ -32,12 +36,14 @@ class Resumable(Protocol):
 class Checkpointing:
     """Checkpoints of one run; without a folder it does nothing.
 
-    Inside its ``with`` block SIGTERM waits for `after_step`.
+    Inside its ``with`` block SIGTERM waits for `save`. Of several processes the main
+    one reads and writes; a signal to any of them ends all.
 
     Args:
         path: folder, or None.
         every: optimizer steps between two checkpoints.
         identity: of the run, called where there is a folder.
+        group: the processes of the run.
     """
 
     def __init__(
@@ -45,8 +51,13 @@ class Checkpointing:
         path: str | os.PathLike[str] | None,
         every: int,
         identity: Callable[[], Identity],
+        group: ProcessGroup | None = None,
     ) -> None:
-        self._folder = None if path is None else CheckpointFolder(path, identity())
+        self._group = group or ProcessGroup()
+        self._enabled = path is not None
+        self._folder: CheckpointFolder | None = None
+        if path is not None:
+            self._group.on_main(lambda: self._open(path, identity))
         self._every = every
         self._started = time.monotonic()
         self._termination = Termination()
@@ -58,13 +69,9 @@ class Checkpointing:
         Raises:
             CheckpointError: there is a checkpoint of another run.
         """
-        if self._folder is None:
+        if not self._enabled:
             return 0
-        if not resume:
-            self._folder.clear()
-            return 0
-        self._found = self._folder.read()
-        return 0 if self._found is None else self._found[0]
+        return self._group.on_main(lambda: self._find(resume=resume))
 
     @property
     def seconds(self) -> float:
@@ -77,33 +84,39 @@ class Checkpointing:
         Raises:
             CheckpointError: the training batches are fewer than they were.
         """
-        if self._found is None:
+        found = {} if self._found is None else self._found[1]
+        state = self._group.tensors_from_main(found)
+        if not state:
             return
-        _, state = self._found
+        own = {name: under(state, name) for name in (*parts, "random")}
+        for name in _OF_EACH_PROCESS:
+            own[name] = self._group.of_this_process(own.get(name, {}))
         for name, part in parts.items():
-            part.load_state(under(state, name))
+            part.load_state(own[name])
         self._started -= float(state["seconds"])
-        set_random_state(under(state, "random"))
+        set_random_state(own["random"])
         self._found = None  # as large as the model
 
     def is_due(self, done: int, *, last: bool) -> bool:
         """Whether the run is to be saved after ``done`` steps."""
-        if self._folder is None:
+        if not self._enabled:
             return False
-        return last or done % self._every == 0 or self._termination.requested
+        return last or done % self._every == 0 or self._is_terminated()
 
     def save(self, done: int, parts: Mapping[str, Resumable]) -> None:
         """Write a checkpoint, then let a SIGTERM that waited act."""
-        assert self._folder is not None
         states = {name: part.state() for name, part in parts.items()}
-        state = joined({**states, "random": random_state()})
+        states["random"] = random_state()
+        for name in _OF_EACH_PROCESS:
+            states[name] = self._group.of_every_process(states.get(name, {}))
+        state = joined(states)
         state["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
-        self._folder.write(done, state)
-        if self._termination.requested:
+        self._group.on_main(lambda: self._write(done, state))
+        if self._is_terminated():
             self._termination.act()
 
     def __enter__(self) -> Checkpointing:
-        if self._folder is not None:
+        if self._enabled:
             self._termination.__enter__()
         return self
 
@@ -113,5 +126,26 @@ class Checkpointing:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._folder is not None:
+        if self._enabled:
             self._termination.__exit__(kind, error, traceback)
+
+    def _open(
+        self, path: str | os.PathLike[str], identity: Callable[[], Identity]
+    ) -> None:
+        self._folder = CheckpointFolder(path, identity())
+
+    def _find(self, *, resume: bool) -> int:
+        assert self._folder is not None
+        if not resume:
+            self._folder.clear()
+            return 0
+        self._found = self._folder.read()
+        return 0 if self._found is None else self._found[0]
+
+    def _write(self, done: int, state: Mapping[str, Tensor]) -> None:
+        assert self._folder is not None
+        self._folder.write(done, state)
+
+    def _is_terminated(self) -> bool:
+        """Whether SIGTERM has come to any process: then all of them end."""
+        return self._group.any(self._termination.requested)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from gdnsq_fx.training.dtensors import local, placed_like, whole_of_parts
+
 
 class Average:
     """``average = decay * average + (1 - decay) * parameter`` after every step.
@@ -43,9 +45,10 @@ class Average:
         if done < self._begins:
             return
         if not self._averaged:
-            self._averaged = [p.detach().clone() for p in self._parameters]
+            self._averaged = self._copied()
             return
-        self._update(self._averaged, [p.detach() for p in self._parameters], done)
+        now = [local(p.detach()) for p in self._parameters]
+        self._update(self._averaged, now, done)
 
     @contextmanager
     def applied(self) -> Generator[None]:
@@ -53,7 +56,7 @@ class Average:
         if not self._averaged:
             yield
             return
-        own = [p.detach().clone() for p in self._parameters]
+        own = self._copied()
         self.settle()
         try:
             yield
@@ -67,17 +70,24 @@ class Average:
             self._project()
 
     def state(self) -> dict[str, Tensor]:
-        """By number of the parameter."""
-        return {str(n): tensor for n, tensor in enumerate(self._averaged)}
+        """By number of the parameter, whole."""
+        pairs = zip(self._averaged, self._parameters, strict=False)  # empty at first
+        return {
+            str(n): whole_of_parts(average, parameter)
+            for n, (average, parameter) in enumerate(pairs)
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` returned."""
         self._averaged = [
-            state[str(n)].to(p.device, copy=True)
+            local(placed_like(state[str(n)], p)).to(p.device, copy=True)
             for n, p in enumerate(self._parameters[: len(state)])
         ]
 
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.copy_(value)
+            local(parameter).copy_(value)
+
+    def _copied(self) -> list[Tensor]:
+        return [local(p.detach()).clone() for p in self._parameters]

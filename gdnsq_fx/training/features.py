@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,19 @@ class FeatureObjective:
         self._base.teacher = self._teacher
         self._weights = dict(weights)
 
-    def __call__(self, qmodel: nn.Module, batch: Batch) -> Tensor:
-        """Loss of one batch."""
-        loss = self._base(cast(GraphModule, self._student), batch)
+    @property
+    def module(self) -> nn.Module:
+        """The model, noting its values: what the loss must be given."""
+        return self._student
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss of one batch.
+
+        Args:
+            model: `module`, or what wraps it.
+            batch: inputs, targets.
+        """
+        loss = self._base(model, batch)
         for name, weight in self._weights.items():
             mine, wanted = self._student.features[name], self._teacher.features[name]
             loss = loss + weight * (mine - wanted).float().square().mean()

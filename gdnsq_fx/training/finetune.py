@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.fx import GraphModule
@@ -22,6 +22,8 @@ from gdnsq_fx.training.batch_norm import reestimate_batch_norm
 from gdnsq_fx.training.batches import BatchStream
 from gdnsq_fx.training.callbacks import Callback, CsvLog
 from gdnsq_fx.training.checkpointing import Checkpointing, Resumable
+from gdnsq_fx.training.compiled import Compile, compiled
+from gdnsq_fx.training.distributed import engine_for
 from gdnsq_fx.training.features import FeatureObjective, graph_teacher
 from gdnsq_fx.training.identity import identity_of
 from gdnsq_fx.training.learned_bits import costs_within
@@ -33,6 +35,10 @@ from gdnsq_fx.training.run import Run
 from gdnsq_fx.training.schedule import Schedule
 from gdnsq_fx.training.settings import Goal, Settings
 from gdnsq_fx.training.validation import Validate, Validation
+from gdnsq_fx.training.working_copy import agree_on
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def finetune(
@@ -66,6 +72,9 @@ def finetune(
     patience: int | None = None,
     callbacks: Sequence[Callback] = (),
     log: str | os.PathLike[str] | None = None,
+    compile: Compile = False,
+    accelerator: Accelerator | None = None,
+    shard: bool = False,
 ) -> FinetuneResult:
     """Fine-tune in place until every edge is at or under its target bit-width.
 
@@ -117,6 +126,13 @@ def finetune(
             while the budget is met.
         callbacks: told of every record of the history, and of the result.
         log: CSV file with a line for each record of the history.
+        compile: run training forward and backward through ``torch.compile``; a mapping
+            gives its options.
+        accelerator: ``accelerate.Accelerator`` of a run on several processes, each of
+            which calls `finetune` alike, with ``train_batches`` of its own share of
+            each global batch, all shares of one size (see ``distributed.py``).
+        shard: cut gradients, optimizer state and, between steps, weights among the
+            processes (FSDP2) instead of holding all of them in each (DDP).
 
     Returns:
         A `FinetuneResult`.
@@ -129,7 +145,10 @@ def finetune(
         BudgetError: no bits meet the budget, which is found before training; or an
             edge stayed above its target.
         CheckpointError: the folder holds another run.
+        MissingExtraError: ``accelerate`` is not installed.
     """
+    engine = engine_for(accelerator, shard=shard)
+    group = engine.group
     schedule = schedule or Schedule(steps)
     settings = Settings(
         lr=lr,
@@ -150,6 +169,7 @@ def finetune(
     _check_goal(schedule, steps, task_loss, distillation)
     inputs = model_facts(qmodel).inputs
     require_quantizers(qmodel, "finetune")
+    agree_on(qmodel, group)
     needed = steps * accumulate + batch_norm_batches
     stream = BatchStream(
         train_batches, inputs, needed, resumable=checkpoint is not None
@@ -161,19 +181,23 @@ def finetune(
         "output": output,
         "features": features,
         "budget": budget,
+        **({"processes": group.count} if group.count > 1 else {}),
     }
     saving = Checkpointing(
         checkpoint,
         checkpoint_every,
         lambda: identity_of(qmodel, frozen, schedule, settings, choices),
+        group,
     )
     begun = saving.find(resume=resume)
     if not begun:
         first = stream.peek()  # before anything is changed
         check_device(qmodel, first.args, first.kwargs)
         check_device(frozen, first.args, first.kwargs)
-    bar = _bar(begun, steps, shown=progress)
-    with in_evaluation(frozen), saving, bar:
+    bar = _bar(begun, steps, shown=progress and group.is_main)
+    listeners = list(callbacks) if group.is_main else []
+    with in_evaluation(frozen), saving, bar, engine.working(qmodel) as model:
+        module: nn.Module = model
         objective = Objective(
             frozen,
             None if task_loss is None else weighted(task_loss, task_weight),
@@ -181,8 +205,10 @@ def finetune(
             selecting(distillation_loss, output),
         )
         if features:
-            objective = FeatureObjective(objective, qmodel, features)
-        run = Run(qmodel, objective, schedule, settings, tracker, budget)
+            objective = FeatureObjective(objective, model, features)
+            module = objective.module
+        module = compiled(module, compile)
+        run = Run(model, objective, schedule, settings, tracker, budget, engine, module)
         validation = Validation(run, validate, validate_every, best, patience)
         parts: dict[str, Resumable] = {
             "batches": stream,
@@ -193,8 +219,8 @@ def finetune(
             parts["tracker"] = tracker
         try:
             saving.restore(parts)
-            if log is not None:
-                callbacks = (*callbacks, CsvLog(log, run.history))
+            if log is not None and group.is_main:
+                listeners.append(CsvLog(log, run.history))
             for step in bar:
                 if validation.is_over:
                     break
@@ -203,7 +229,7 @@ def finetune(
                 run.track(step, loss, metric)
                 if validation.is_due(step) or run.records_at(step):
                     bar.set_postfix(**run.record(step, loss, metric))
-                    for callback in callbacks:
+                    for callback in listeners:
                         callback.on_step(run.history[-1])
                 if saving.is_due(step + 1, last=validation.is_over or run.is_done):
                     saving.save(step + 1, parts)
@@ -211,13 +237,16 @@ def finetune(
             run.settle()
             validation.settle()
             refreshed = (stream.take() for _ in range(batch_norm_batches))
-            reestimate_batch_norm(qmodel, refreshed, run.held)
+            with engine.weights():
+                reestimate_batch_norm(model, refreshed, run.held)
+            violations = run.violations()
+            metric = validation.final()
         except BaseException:
             run.undo_if_untrained()
             raise
         finally:
-            qmodel.eval()
-    violations = run.constraint.violations()
+            model.eval()
+    qmodel.eval()
     if violations:
         raise BudgetError(f"edges above their target bits: {violations}")
     result = FinetuneResult(
@@ -225,14 +254,14 @@ def finetune(
         bits=hard_bits(qmodel),
         target_bits=run.constraint.targets,
         budget_met=True,
-        metric=validation.final(),
+        metric=metric,
         seconds=saving.seconds,
         history=tuple(run.history),
         budget=budget,
         costs=None if budget is None else costs_within(qmodel, budget),
         best_step=validation.best_step,
     )
-    for callback in callbacks:
+    for callback in listeners:
         callback.on_end(result)
     return result
 

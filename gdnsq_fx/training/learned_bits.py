@@ -45,6 +45,7 @@ from gdnsq_fx.training.edges import (
     raise_edge,
     slope,
 )
+from gdnsq_fx.training.process_group import ProcessGroup
 from gdnsq_fx.training.schedule import Schedule
 from gdnsq_fx.training.sensitivity import Sensitivity
 from gdnsq_fx.training.water_filling import water_filled
@@ -63,6 +64,7 @@ class LearnedBits:
         graph_module: a prepared model; quantizers and their targets change in place.
         budget: what must not be exceeded in the end.
         schedule: how fast the cost comes down.
+        group: processes that train the model, for which the main one decides.
 
     Attributes:
         is_whole: bits are whole by now, and targets final.
@@ -72,9 +74,14 @@ class LearnedBits:
     """
 
     def __init__(
-        self, graph_module: GraphModule, budget: Budget, schedule: Schedule
+        self,
+        graph_module: GraphModule,
+        budget: Budget,
+        schedule: Schedule,
+        group: ProcessGroup | None = None,
     ) -> None:
         self._graph_module = graph_module
+        self._group = group or ProcessGroup()
         self._budget = budget
         self._model = CostModel.of(graph_module)
         self._cost = ContinuousCost(self._model)
@@ -86,7 +93,6 @@ class LearnedBits:
         self._before = self._fixed.targets
         memory = MEMORY * schedule.descent_steps
         self._sensitivity = Sensitivity(len(self._edges), memory)
-        self._observed: tuple[Tensor, Tensor] | None = None
         self.is_whole = False
         self._plan = self._whole_bits(_predicted(graph_module) or self._learned())
         assign_targets(graph_module, self._plan)
@@ -114,21 +120,16 @@ class LearnedBits:
             excess = self._cost(name, capacities) / bound - 1.0
             pressure = pressure + torch.relu(excess + EPSILON)
         scale = self._fixed.loss_scale
-        penalty = pressure.to(scale.device, scale.dtype) * scale * growth
-        (by_bits,) = torch.autograd.grad(penalty, capacities, retain_graph=True)
-        self._observed = capacities.detach(), by_bits
-        return penalty
+        return pressure.to(scale.device, scale.dtype) * scale * growth
 
     @torch.no_grad()
     def observe_gradients(self) -> None:
-        """Learn what bits are worth; call after backward, before clipping."""
-        if self._observed is None:
+        """Learn what bits are worth from the gradients of the loss alone; call after
+        its backward, before that of the penalty, which may exceed it by far."""
+        if self.is_whole:
             return
-        capacities, by_bits = self._observed
-        # The gradients hold the penalty's own part, which is known.
-        slopes = torch.stack([slope(edge) for edge in self._edges]) + by_bits
-        self._sensitivity.observe(slopes, capacities)
-        self._observed = None
+        slopes = torch.stack([slope(edge) for edge in self._edges])
+        self._sensitivity.observe(slopes, mean_capacities(self._edges))
 
     @torch.no_grad()
     def project(self, cap: Cap) -> None:
@@ -212,7 +213,9 @@ class LearnedBits:
             raise_edge(edge, bits)
 
     def _whole_bits(self, divergences: Divergences) -> dict[str, int]:
-        return dict(best_allocation(divergences, self._model, self._budget).bits)
+        return self._group.on_main(
+            lambda: dict(best_allocation(divergences, self._model, self._budget).bits)
+        )
 
     def _learned(self) -> Divergences:
         """What each edge would cost at each width by the gradients so far."""

@@ -30,7 +30,7 @@ class Objective:
         self.weight = distillation
         self.distillation_loss = distillation_loss
 
-    def __call__(self, qmodel: GraphModule, batch: Batch) -> Tensor:
+    def __call__(self, qmodel: nn.Module, batch: Batch) -> Tensor:
         check_device(qmodel, batch.args, batch.kwargs)
         # Each model gets tensors of its own: it may write into its input.
         args, kwargs = cloned((batch.args, batch.kwargs))

@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
+from gdnsq_fx.training.dtensors import is_sharded
 from gdnsq_fx.training.schedule import Schedule
 
 MAX_RANGE_RATE = 5e-2
@@ -35,7 +36,10 @@ def parameter_groups(
                 own *= float(module.range.detach())
             groups.setdefault(own, []).append(parameter)
     weights = [p for p in qmodel.parameters() if p.requires_grad and id(p) not in ours]
+    # An optimizer takes a whole group at once, and cannot mix the two kinds.
+    plain = [p for p in weights if not is_sharded(p)]
+    parts = [p for p in weights if is_sharded(p)]
     return [
-        {"params": weights, "lr": lr},
+        *({"params": params, "lr": lr} for params in (plain, parts) if params),
         *({"params": params, "lr": rate} for rate, params in groups.items()),
     ]

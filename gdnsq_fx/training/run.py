@@ -16,10 +16,13 @@ from gdnsq_fx.errors import ConfigError, TrainingDivergedError
 from gdnsq_fx.inputs import Batch, model_device
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.training.amp import MixedPrecision
-from gdnsq_fx.training.constraint import LOSS_MEMORY, Constraint
+from gdnsq_fx.training.constraint import LOSS_MEMORY, Cap, Constraint
+from gdnsq_fx.training.dtensors import clip_gradients, total_norm
 from gdnsq_fx.training.ema import Average
+from gdnsq_fx.training.engine import Engine, SingleProcess
 from gdnsq_fx.training.learned_bits import LearnedBits
 from gdnsq_fx.training.parameter_groups import parameter_groups
+from gdnsq_fx.training.process_group import ProcessGroup
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
 from gdnsq_fx.training.settings import Settings
@@ -29,17 +32,28 @@ from gdnsq_fx.training.stored_state import (
     joined,
     load_model_state,
     load_optimizer_state,
+    model_snapshot,
     model_state,
     optimizer_state,
     under,
 )
 
-Loss = Callable[[GraphModule, Batch], Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
 """What a run minimizes on a batch besides the penalty: a scalar."""
 
 
 class Run:
-    """One fine-tuning run: optimizer, constraint, history, and the last good state."""
+    """One fine-tuning run: optimizer, constraint, history, and the last good state.
+
+    Args:
+        qmodel: is trained; read and projected in place.
+        objective: what is minimized.
+        schedule, settings: as in `finetune`.
+        tracker: shown some steps.
+        budget: learn bits within it.
+        engine: how processes share the work; the model is its working one.
+        module: what the objective is given, the model by default.
+    """
 
     RECORDS = 100
     SNAPSHOTS = 20
@@ -53,26 +67,31 @@ class Run:
         settings: Settings,
         tracker: CapacityTracker | None = None,
         budget: Budget | None = None,
+        engine: Engine | None = None,
+        module: nn.Module | None = None,
     ) -> None:
+        self.engine = engine or SingleProcess()
         # First of all: a budget that cannot be met must leave the model as it was.
-        self.constraint = constraint_for(qmodel, budget, schedule)
+        group = self.engine.group
+        self.constraint = constraint_for(qmodel, budget, schedule, group)
         self.qmodel = qmodel
         self.objective = objective
         self.schedule = schedule
         self.max_grad_norm = settings.max_grad_norm
         self.precision = MixedPrecision(qmodel, settings.autocast)
-        self.good_state = _copied_state(qmodel)
+        self.good_state = model_snapshot(qmodel)
         self.trained = False
         self.taken = 0
         self.skipped = 0
         self.met_at: int | None = None
         # What the user holds in evaluation inside a model in training stays there.
         modules = qmodel.modules() if qmodel.training else ()
-        self.held = [module for module in modules if not module.training]
-        for module in qmodel.modules():
-            if isinstance(module, Quantizer):
-                module.enabled = True  # to train without them would be no fine-tuning
+        self.held = [one for one in modules if not one.training]
+        for quantizer in qmodel.modules():
+            if isinstance(quantizer, Quantizer):
+                quantizer.enabled = True  # without them it would be no fine-tuning
         self.constraint.open_to(schedule.start_bits)
+        self.module = self.engine.forward(qmodel if module is None else module)
         self.optimizer = torch.optim.Adam(
             parameter_groups(qmodel, schedule, settings.lr)
         )
@@ -99,38 +118,47 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
-        loss = self._backward(step, batches)
+        loss = self._backward(batches)
+        self.engine.average_rest()
         self.precision.unscale(self.optimizer)
-        self.constraint.observe_gradients()
-        norm = nn.utils.clip_grad_norm_(self.qmodel.parameters(), self.max_grad_norm)
+        self.engine.add_gradients(lambda: self._penalty(step))
+        norm = clip_gradients(self.qmodel.parameters(), self.max_grad_norm)
         usable = self._is_usable(step, loss, norm)
         self.precision.update(self.optimizer, usable=usable)
         self.trained |= usable
-        self.constraint.project(lambda target: self.schedule.cap(step, target))
+        self._project(lambda target: self.schedule.cap(step, target))
         self.taken = step + 1
         if self.schedule.anneals_once_met and self.met_at is None:
-            self.met_at = None if self.constraint.violations() else self.taken
+            self.met_at = None if self.violations() else self.taken
         if self.average is not None:
             self.average.update(self.taken)
         return loss
 
-    def _backward(self, step: int, batches: Sequence[Batch]) -> Tensor:
-        """Gradients of the mean loss of the batches and of the penalty."""
+    def _backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Gradients of the mean loss of the batches; returns it, of all processes."""
+        if not batches:
+            raise ConfigError("a step needs at least one batch")
+        *earlier, last = batches
         shares: list[Tensor] = []
-        for number, batch in enumerate(batches, start=1):
-            with self.precision.autocast():
-                loss = self.objective(self.qmodel, batch)
-            share = loss / len(batches)
-            shares.append(share.detach())
-            if number < len(batches):
+        for batch in earlier:
+            with self.engine.partial():
+                share = self._loss(batch) / len(batches)
                 self.precision.backward(share)
-                continue
-            mean = torch.stack(shares).sum()
-            self._observe(mean)
-            penalty = self.constraint.penalty(self.schedule.growth(step))
-            self.precision.backward(share + penalty)
-            return mean
-        raise ConfigError("a step needs at least one batch")
+            shares.append(share.detach())
+        share = self._loss(last) / len(batches)
+        self.precision.backward(share)
+        shares.append(share.detach())
+        mean = self.engine.group.mean(torch.stack(shares).sum())
+        self._observe(mean)
+        return mean
+
+    def _penalty(self, step: int) -> Tensor:
+        self.constraint.observe_gradients()
+        return self.constraint.penalty(self.schedule.growth(step))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with self.precision.autocast():
+            return self.objective(self.module, batch)
 
     @property
     def is_done(self) -> bool:
@@ -139,7 +167,12 @@ class Run:
 
     def to_targets(self) -> None:
         """Bring every capacity to its target now."""
-        self.constraint.project(float)
+        self._project(float)
+
+    def violations(self) -> dict[str, tuple[int, int]]:
+        """Edges above target: name -> (hard bit-width, target)."""
+        with self.engine.weights():
+            return self.constraint.violations()
 
     def averaged(self) -> AbstractContextManager[object]:
         """The model with averaged weights inside the block, where there are any."""
@@ -159,12 +192,14 @@ class Run:
     def record(self, step: int, loss: Tensor, metric: float | None) -> dict[str, Any]:
         """Add to the history; returns what the progress bar shows."""
         self.check_finite(step + 1)
-        mean_bits = self.constraint.mean_capacity()
+        with self.engine.weights():
+            mean_bits = self.constraint.mean_capacity()
+            above = len(self.constraint.violations())
         self.history.append(StepRecord(step, float(loss), mean_bits, metric))
         shown: dict[str, Any] = {
             "loss": f"{float(loss):.4f}",
             "bits": f"{mean_bits:.2f}",
-            "above": len(self.constraint.violations()),
+            "above": above,
         }
         return shown if metric is None else {**shown, "metric": f"{metric:.4g}"}
 
@@ -177,7 +212,8 @@ class Run:
         if self.tracker.is_due(step) or step + 1 == self.schedule.steps:
             self.check_finite(step + 1)  # NaN has no bit-width
             self.tracker.retarget(self.constraint.targets)
-            self.tracker.observe(self.qmodel, step, float(loss))
+            with self.engine.weights():
+                self.tracker.observe(self.qmodel, step, float(loss))
 
     def state(self) -> dict[str, Tensor]:
         """What the steps to come depend on, as copies; the model is checked first.
@@ -216,7 +252,11 @@ class Run:
             device = model_device(self.qmodel)
             self.loss_mean = state["loss_mean"].to(device, copy=True)
             self.constraint.observe_loss(self.loss_mean)
-        self.good_state = _copied_state(self.qmodel)
+        self.good_state = model_snapshot(self.qmodel)
+
+    def _project(self, cap: Cap) -> None:
+        with self.engine.weights():
+            self.constraint.project(cap)
 
     def _observe(self, loss: Tensor) -> None:
         """Show the loss to the constraint, and keep the mean that it takes of it."""
@@ -229,12 +269,12 @@ class Run:
     def undo_if_untrained(self) -> None:
         """Where not one step was taken, put back the quantizers that were opened."""
         if not self.trained:
-            self.qmodel.load_state_dict(self.good_state)
+            load_model_state(self.qmodel, self.good_state)
             self.constraint.undo()
 
     def check_finite(self, step: int) -> None:
         """Restore and raise where the update before this step broke a parameter."""
-        norm = nn.utils.get_total_norm([p.detach() for p in self.qmodel.parameters()])
+        norm = total_norm(p.detach() for p in self.qmodel.parameters())
         if not bool(torch.isfinite(norm)):
             self._restore(step, f"norm of the parameters {float(norm)}")
 
@@ -256,11 +296,11 @@ class Run:
         if not finite:
             return False
         if step % max(self.schedule.steps // self.SNAPSHOTS, 1) == 0:
-            self.good_state = _copied_state(self.qmodel)
+            self.good_state = model_snapshot(self.qmodel)
         return True
 
     def _restore(self, step: int, found: str) -> NoReturn:
-        self.qmodel.load_state_dict(self.good_state)
+        load_model_state(self.qmodel, self.good_state)
         remedy = "Lower lr, check the batch for NaN, or take more steps"
         if any(p.dtype is torch.float16 for p in self.qmodel.parameters()):
             remedy += "; the weights are float16, where Adam underflows: use float32"
@@ -273,7 +313,10 @@ class Run:
 
 
 def constraint_for(
-    qmodel: GraphModule, budget: object, schedule: Schedule
+    qmodel: GraphModule,
+    budget: object,
+    schedule: Schedule,
+    group: ProcessGroup | None = None,
 ) -> Constraint | LearnedBits:
     """Fixed targets, or bits that are learned within a `Budget`.
 
@@ -287,8 +330,4 @@ def constraint_for(
             f"budget must be a Budget, got {budget!r}; write "
             "gdnsq_fx.Budget(weight_bytes=...)"
         )
-    return LearnedBits(qmodel, budget, schedule)
-
-
-def _copied_state(qmodel: GraphModule) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in qmodel.state_dict().items()}
+    return LearnedBits(qmodel, budget, schedule, group)

@@ -9,26 +9,33 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gdnsq_fx.training.dtensors import placed_like, whole
 from gdnsq_fx.training.result import StepRecord
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers, those outside ``state_dict()`` included."""
+    """Whole copies of all parameters and buffers, also of those outside
+    ``state_dict()``."""
+    return {name: whole(t.detach()).clone() for name, t in _tensors(model).items()}
+
+
+def model_snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """As `model_state`, of the parts that this process holds."""
     return {name: t.detach().clone() for name, t in _tensors(model).items()}
 
 
 @torch.no_grad()
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Write into parameters and buffers what `model_state` returned."""
+    """Write into parameters and buffers what either of the above returned."""
     for name, tensor in _tensors(model).items():
-        tensor.copy_(state[name])
+        tensor.copy_(placed_like(state[name], tensor))
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
     """Moments and counts of every parameter that has been updated."""
     every: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     return {
-        f"{number}.{name}": value
+        f"{number}.{name}": whole(value)
         for number, own in every.items()
         for name, value in own.items()
         if isinstance(value, Tensor)
@@ -38,8 +45,11 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_state` returned; learning rates stay as they are."""
     every: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in state.items():
         number, _, name = key.partition(".")
+        if value.ndim:  # a moment; the count of steps is a scalar
+            value = placed_like(value, parameters[int(number)])
         every.setdefault(int(number), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": every, "param_groups": groups})

@@ -99,14 +99,17 @@ class Validation:
         if self._validate is None:
             return None
         qmodel = self._run.qmodel
+        engine = self._run.engine
         with self._run.averaged(), in_evaluation(qmodel), torch.no_grad():
-            metric = float(self._validate(qmodel))
+            with engine.weights():
+                found = float(self._validate(qmodel))
+            metric = engine.group.mean_number(found)
             if self._goal is not None and step is not None:
                 self._compare(step, metric)
         return metric
 
     def _compare(self, step: int, metric: float) -> None:
-        if self._run.constraint.violations():
+        if self._run.violations():
             return  # bits still come down: no state to keep, and no reason to stop
         if not self._is_better(metric):
             self._waited += 1
