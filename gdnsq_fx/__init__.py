@@ -51,6 +51,7 @@ from gdnsq_fx.operation import operation
 from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.quantize.quantizer import quantization_disabled
+from gdnsq_fx.quantize.recompute import recomputed_levels
 from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
 from gdnsq_fx.training.callbacks import Callback, TensorBoardCallback
 from gdnsq_fx.training.finetune import FinetuneResult, finetune
@@ -118,6 +119,7 @@ __all__ = [
     "operation",
     "prepare",
     "quantization_disabled",
+    "recomputed_levels",
     "save",
     "squared_distillation_loss",
 ]

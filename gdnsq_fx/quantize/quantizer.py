@@ -116,8 +116,9 @@ class ActivationQuantizer(Quantizer):
 
     def quantize(self, value: Tensor) -> Tensor:
         """See `quantize_activation`."""
+        lower = None if self.nonnegative else self.offset
         return quantize_activation(
-            value, self.step, self.range, self.offset, self.spec.estimator
+            value, self.step, self.range, lower, self.spec.estimator
         )
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from gdnsq_fx.errors import BatchStructureError, ConfigError
 from gdnsq_fx.inputs import Batch, check_device
 from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.quantize.recompute import recomputed_levels
 from gdnsq_fx.state import cloned
 from gdnsq_fx.training.losses import TaskLoss
 
@@ -34,7 +35,8 @@ class Objective:
         check_device(qmodel, batch.args, batch.kwargs)
         # Each model gets tensors of its own: it may write into its input.
         args, kwargs = cloned((batch.args, batch.kwargs))
-        output = qmodel(*args, **kwargs)
+        with recomputed_levels():
+            output = qmodel(*args, **kwargs)
         losses: list[Tensor] = []
         if self.weight:
             args, kwargs = cloned((batch.args, batch.kwargs))
