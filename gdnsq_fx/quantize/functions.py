@@ -108,7 +108,9 @@ def quantize_activation(
     second derivatives: asking for them raises a RuntimeError.
     """
     recipe = recipe_for(activation_levels, x, step, range_, lower)
-    levels: Tensor = _QuantizeActivation.apply(x, step, range_, lower, estimator, recipe)  # type: ignore[no-any-return]
+    levels: Tensor = _QuantizeActivation.apply(
+        x, step, range_, lower, estimator, recipe
+    )  # type: ignore[no-any-return]
     if recipe is not None:
         recipe.made(levels)
     return levels

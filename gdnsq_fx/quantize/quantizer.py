@@ -6,12 +6,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.errors import CalibrationError
+from gdnsq_fx.quantize.capacity import (
+    MIN_CAPACITY,
+    MIN_LOG2_STEP,
+    projected_activation,
+    projected_weight,
+    weight_capacity,
+)
+from gdnsq_fx.quantize.extremes import Seen, with_gradient
 from gdnsq_fx.quantize.functions import (
     max_code,
     quantize_activation,
@@ -23,11 +32,8 @@ from gdnsq_fx.quantize.functions import (
 )
 from gdnsq_fx.spec import QuantSpec
 
-MIN_CAPACITY = 1.0
 # What float rounding may add to the capacity of a projected quantizer, in bits.
 CAPACITY_TOLERANCE = 1e-4
-# Steps below this are denormal numbers, and their reciprocals infinite.
-MIN_LOG2_STEP = -120.0
 
 
 class Quantizer(nn.Module, ABC):
@@ -146,15 +152,10 @@ class ActivationQuantizer(Quantizer):
 
     @torch.no_grad()
     def project(self, cap: float) -> None:
-        """Raise the step until the capacity is at most ``cap`` (at least one bit).
-
-        Below one bit, step and range meet halfway: were the step alone to yield, it
-        could never grow at a cap of one bit, and the scale would follow the range only.
-        """
-        self.log2_step.clamp_(min=self.log2_range - cap)
-        missing = (MIN_CAPACITY - (self.log2_range - self.log2_step)).clamp(min=0.0)
-        self.log2_range.add_(missing / 2)
-        self.log2_step.clamp_(max=self.log2_range - MIN_CAPACITY)
+        """Raise the step until the capacity is at most ``cap`` (at least one bit)."""
+        step, range_ = projected_activation(self.log2_step, self.log2_range, cap)
+        self.log2_step.copy_(step)
+        self.log2_range.copy_(range_)
 
     @torch.no_grad()
     def cover(self, low: float, high: float, bits: float) -> None:
@@ -190,6 +191,7 @@ class WeightQuantizer(Quantizer):
     ) -> None:
         super().__init__(edge, spec)
         self.layout = layout
+        self._seen: Seen | None = None
         self.dims = layout.reduced_dims(weight.ndim)
         shape = list(layout.grouped(weight).shape)
         for dim in self.dims:
@@ -198,11 +200,27 @@ class WeightQuantizer(Quantizer):
             torch.full(shape, math.nan, device=weight.device, dtype=torch.float32)
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what forward has seen, which is of this very weight."""
+        return {**self.__dict__, "_seen": None}
+
+    @torch.no_grad()
     def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Least and largest weight of each scale group, shaped like ``log2_step``."""
         view = self.layout.grouped(weight)
         low = wide(view.amin(self.dims, keepdim=True), self.log2_step)
         return low, wide(view.amax(self.dims, keepdim=True), self.log2_step)
+
+    def learnable_extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, differentiable; those that the last forward met where it may."""
+        seen = self._seen
+        if seen is not None and seen.is_of(weight):
+            low, high = seen.low, seen.high
+        else:
+            low, high = self.extremes(weight)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return low, high
+        return with_gradient(self.layout.grouped(weight), low, high, self.dims)
 
     def offset(self, weight: Tensor) -> Tensor:
         """Lowest level b of each scale group; no gradient."""
@@ -210,7 +228,7 @@ class WeightQuantizer(Quantizer):
 
     def quantize(self, value: Tensor) -> Tensor:
         """See `quantize_weight`."""
-        step, lower, top = self._grid(value)
+        step, lower, top = self._grid(value, remember=self.training)
         view = self.layout.grouped(value)
         quantized = quantize_weight(
             view, step, lower, self.dims, self.spec.estimator, top
@@ -225,9 +243,7 @@ class WeightQuantizer(Quantizer):
 
     def capacity(self, weight: Tensor) -> Tensor:
         """log2((max - min)/s + 1) of each scale group, bits per element."""
-        low, high = self.extremes(weight)
-        # A product: the derivative of a quotient squares the step, which underflows.
-        return torch.log2((high - low) * torch.exp2(-self.log2_step) + 1.0)
+        return weight_capacity(*self.learnable_extremes(weight), self.log2_step)
 
     @torch.no_grad()
     def levels(self, weight: Tensor) -> Tensor:
@@ -239,12 +255,7 @@ class WeightQuantizer(Quantizer):
     def project(self, weight: Tensor, cap: float) -> None:
         """Raise steps until every capacity is at most ``cap`` (at least one bit)."""
         low, high = self.extremes(weight)
-        span = (high - low).to(self.log2_step.dtype)
-        least = torch.log2(span / (2.0**cap - 1.0)).clamp(min=MIN_LOG2_STEP)
-        most = torch.log2(span).clamp(min=MIN_LOG2_STEP)
-        # A constant channel has no span: any step represents it, so keep its own.
-        projected = self.log2_step.clamp(least, torch.maximum(least, most))
-        self.log2_step.copy_(torch.where(span > 0, projected, self.log2_step))
+        self.log2_step.copy_(projected_weight(self.log2_step, low, high, cap))
 
     @torch.no_grad()
     def open_to(self, weight: Tensor, bits: float) -> None:
@@ -256,7 +267,9 @@ class WeightQuantizer(Quantizer):
         step = torch.log2(span / (2.0**bits - 1.0))
         self.log2_step.copy_(step.clamp(min=MIN_LOG2_STEP))
 
-    def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _grid(
+        self, weight: Tensor, *, remember: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Step, lowest level and largest code of each scale group.
 
         The offset may lie half a step below the least weight, and steps are floats: the
@@ -266,6 +279,8 @@ class WeightQuantizer(Quantizer):
         step = self.step
         with torch.no_grad():
             low, high = self.extremes(weight)
+            if remember and not torch.compiler.is_compiling():
+                self._seen = Seen.of(weight, low, high)
             capacity = torch.log2((high - low) / step + 1.0)
             whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
             lower = snap_offset(low, step.detach(), self.spec.offset)
