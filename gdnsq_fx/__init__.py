@@ -50,7 +50,7 @@ from gdnsq_fx.operands import Call, Stored
 from gdnsq_fx.operation import operation
 from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
-from gdnsq_fx.quantize.quantizer import quantization_disabled
+from gdnsq_fx.quantize.quantizer import quantization_disabled, use_kernels
 from gdnsq_fx.quantize.recompute import recomputed_levels
 from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
 from gdnsq_fx.training.callbacks import Callback, TensorBoardCallback
@@ -122,4 +122,5 @@ __all__ = [
     "recomputed_levels",
     "save",
     "squared_distillation_loss",
+    "use_kernels",
 ]

@@ -25,6 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from gdnsq_fx.quantize import gradients, traced_gradients
+from gdnsq_fx.quantize.kernels import Kernels, compiled, is_compiled
 from gdnsq_fx.quantize.recompute import Recipe, recipe_for
 from gdnsq_fx.spec import Estimator, Offset
 
@@ -89,6 +90,7 @@ def quantize_activation(
     range_: Tensor,
     lower: Tensor | None,
     estimator: Estimator,
+    kernels: Kernels = "eager",
 ) -> Tensor:
     """Fake-quantize an activation.
 
@@ -97,6 +99,7 @@ def quantize_activation(
         step, range_, lower: s > 0, q > 0 and b, scalar tensors in x's units. Without
             ``lower`` b is 0, and x must be known never to be negative.
         estimator: how gradients pass the rounding.
+        kernels: what computes it, see `is_compiled`.
 
     Returns:
         A tensor of the shape and dtype of x with at most round(q/s) levels; dense x
@@ -123,6 +126,7 @@ def quantize_weight(
     dims: Sequence[int],
     estimator: Estimator,
     top: Tensor | None = None,
+    kernels: Kernels = "eager",
 ) -> Tensor:
     """Fake-quantize a weight; its range is its own, so no outlier is cut off.
 
@@ -133,18 +137,46 @@ def quantize_weight(
         estimator: how gradients pass the rounding.
         top: largest code, shaped like ``step``. Meant for codes that a rounding error
             lifts above the whole bits which the capacity stands for.
+        kernels: what computes it, see `is_compiled`.
 
     Returns:
         A tensor of the weight's shape and dtype. dy/dw is 1 times the estimator's
         factor, dy/ds its noise term summed over ``dims``; ``lower`` gets no gradient.
     """
-    recipe = recipe_for(weight_levels, weight, step, lower, top)
-    levels: Tensor = _QuantizeWeight.apply(  # type: ignore[no-any-return]
-        weight, step, lower, top, tuple(dims), estimator, recipe
-    )
+    grid = (step, lower, top)
+    if is_compiled(kernels, weight.device):
+        region = compiled(_weight_region)
+        recipe = recipe_for(compiled(weight_levels), weight, *grid)
+        levels = region(weight, *grid, tuple(dims), estimator)
+    else:
+        recipe = recipe_for(weight_levels, weight, *grid)
+        levels = _weight_region(weight, *grid, tuple(dims), estimator, recipe)
     if recipe is not None:
         recipe.made(levels)
     return levels
+
+
+def _activation_region(
+    x: Tensor,
+    step: Tensor,
+    range_: Tensor,
+    lower: Tensor | None,
+    estimator: Estimator,
+    recipe: Recipe | None = None,
+) -> Tensor:
+    return _QuantizeActivation.apply(x, step, range_, lower, estimator, recipe)  # type: ignore[no-any-return]
+
+
+def _weight_region(
+    weight: Tensor,
+    step: Tensor,
+    lower: Tensor,
+    top: Tensor | None,
+    dims: tuple[int, ...],
+    estimator: Estimator,
+    recipe: Recipe | None = None,
+) -> Tensor:
+    return _QuantizeWeight.apply(weight, step, lower, top, dims, estimator, recipe)  # type: ignore[no-any-return]
 
 
 def weight_codes(

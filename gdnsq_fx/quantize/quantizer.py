@@ -30,6 +30,7 @@ from gdnsq_fx.quantize.functions import (
     weight_codes,
     wide,
 )
+from gdnsq_fx.quantize.kernels import Kernels, checked_kernels
 from gdnsq_fx.spec import QuantSpec
 
 # What float rounding may add to the capacity of a projected quantizer, in bits.
@@ -43,6 +44,7 @@ class Quantizer(nn.Module, ABC):
         edge: name of the edge, such as ``layer1.0.conv1.weight``.
         spec: its fixed choices.
         enabled: when False the module passes its input on unchanged.
+        kernels: what computes it, see `use_kernels`.
         log2_step: learnable, s = 2^log2_step.
     """
 
@@ -53,6 +55,7 @@ class Quantizer(nn.Module, ABC):
         self.edge = edge
         self.spec = spec
         self.enabled = True
+        self.kernels: Kernels = "auto"
 
     @property
     def step(self) -> Tensor:
@@ -124,7 +127,7 @@ class ActivationQuantizer(Quantizer):
         """See `quantize_activation`."""
         lower = None if self.nonnegative else self.offset
         return quantize_activation(
-            value, self.step, self.range, lower, self.spec.estimator
+            value, self.step, self.range, lower, self.spec.estimator, self.kernels
         )
 
     @torch.no_grad()
@@ -231,7 +234,7 @@ class WeightQuantizer(Quantizer):
         step, lower, top = self._grid(value, remember=self.training)
         view = self.layout.grouped(value)
         quantized = quantize_weight(
-            view, step, lower, self.dims, self.spec.estimator, top
+            view, step, lower, self.dims, self.spec.estimator, top, self.kernels
         )
         return quantized.view_as(value)
 
@@ -285,6 +288,23 @@ class WeightQuantizer(Quantizer):
             whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
             lower = snap_offset(low, step.detach(), self.spec.offset)
         return step, lower, torch.exp2(whole) - 1.0
+
+
+def use_kernels(module: nn.Module, kernels: Kernels) -> None:
+    """Choose what computes the quantizers of a prepared model.
+
+    Args:
+        module: anything that contains quantizers.
+        kernels: ``eager``; ``compile``, where a compiler works; or ``auto``, compiled
+            on CUDA devices.
+
+    Raises:
+        ConfigError: another choice.
+    """
+    checked_kernels(kernels)
+    for quantizer in module.modules():
+        if isinstance(quantizer, Quantizer):
+            quantizer.kernels = kernels
 
 
 @contextmanager
