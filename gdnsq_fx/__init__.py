@@ -62,6 +62,7 @@ from gdnsq_fx.training.losses import (
 )
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
+from gdnsq_fx.training.teacher import Teacher, with_teacher_outputs
 
 __version__ = "0.1.0"
 
@@ -105,6 +106,7 @@ __all__ = [
     "Skip",
     "StepRecord",
     "Stored",
+    "Teacher",
     "TensorBoardCallback",
     "Totals",
     "TrainingDivergedError",
@@ -123,4 +125,5 @@ __all__ = [
     "save",
     "squared_distillation_loss",
     "use_kernels",
+    "with_teacher_outputs",
 ]

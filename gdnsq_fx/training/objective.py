@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,7 @@ class Objective:
         losses: list[Tensor] = []
         if self.weight:
             args, kwargs = cloned((batch.args, batch.kwargs))
-            with torch.no_grad():
-                wanted = self.teacher(*args, **kwargs)
+            wanted = self._asked(args, kwargs)
             losses.append(self.weight * self.distillation_loss(output, wanted))
         if self.task_loss is not None:
             if batch.targets is None:
@@ -56,6 +56,15 @@ class Objective:
                 "does"
             )
         return torch.stack(losses).sum()
+
+    def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the teacher answers, as ordinary tensors."""
+        # A graph of ours keeps nothing of a call. What a user's own model keeps would
+        # be inference tensors for good, unfit for training it later.
+        inference = isinstance(self.teacher, GraphModule)
+        with torch.inference_mode() if inference else torch.no_grad():
+            wanted = self.teacher(*args, **kwargs)
+        return cloned(wanted) if inference else wanted
 
 
 def teacher_for(qmodel: GraphModule, teacher: nn.Module | None) -> nn.Module:
