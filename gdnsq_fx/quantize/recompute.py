@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -71,13 +71,23 @@ class Recipe:
 
     def __init__(self, compute: _Kept, recorder: _Recorder) -> None:
         self._compute = compute
-        self._recorder = recorder
+        self._recorder: _Recorder | None = recorder
         self._value: Tensor | None = None
 
     def made(self, value: Tensor) -> None:
         """This is the tensor; whoever saves it, or a view of it, saves the recipe."""
-        recorder, self._recorder = self._recorder, cast(_Recorder, None)
-        recorder.recipes[_storage(value)] = (weakref.ref(value), self)
+        recorder, self._recorder = self._recorder, None
+        assert recorder is not None, "a recipe is for one tensor"
+        recorder.recipes[_storage(value)] = self
+        self._made, self._version = weakref.ref(value), value._version
+
+    def shows(self, tensor: Tensor) -> bool:
+        """Whether this is a view of the tensor that was made, still as it was made."""
+        made = self._made()
+        # An address is given out again once its tensor is gone.
+        if made is None or tensor.dtype != made.dtype:
+            return False
+        return _storage(tensor) == _storage(made) and tensor._version == self._version
 
     def value(self) -> Tensor:
         """The tensor, made once for all readers."""
@@ -101,15 +111,13 @@ class _Recorder:
     """What one forward pass saves."""
 
     def __init__(self) -> None:
-        self.recipes: dict[int, tuple[weakref.ref[Tensor], Recipe]] = {}
+        self.recipes: dict[int, Recipe] = {}
         self._outer = _active_hooks()
 
     def pack(self, tensor: Tensor) -> _Kept:
         """What autograd keeps of a tensor."""
-        reference, recipe = self.recipes.get(_storage(tensor), (None, None))
-        made = None if reference is None else reference()
-        # An address is given out again once its tensor is gone.
-        if made is None or recipe is None or not _shows(tensor, made):
+        recipe = self.recipes.get(_storage(tensor))
+        if recipe is None or not recipe.shows(tensor):
             return self._whole(tensor)
         size, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
         return lambda: recipe.value().as_strided(size, stride, offset)
@@ -144,12 +152,6 @@ _RECORDER: ContextVar[_Recorder | None] = ContextVar("gdnsq_fx_recorder", defaul
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _shows(tensor: Tensor, made: Tensor) -> bool:
-    """Whether a tensor is a view of one just made, still as it was."""
-    same = _storage(tensor) == _storage(made) and tensor.dtype == made.dtype
-    return same and tensor._version == 0
 
 
 def _active_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
