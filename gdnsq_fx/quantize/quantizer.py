@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from gdnsq_fx.quantize.capacity import (
     projected_weight,
     weight_capacity,
 )
-from gdnsq_fx.quantize.extremes import Seen, with_gradient
+from gdnsq_fx.quantize.extremes import Seen, located, with_gradient
 from gdnsq_fx.quantize.functions import (
     max_code,
     quantize_activation,
@@ -217,13 +218,12 @@ class WeightQuantizer(Quantizer):
     def learnable_extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The same, differentiable; those that the last forward met where it may."""
         seen = self._seen
-        if seen is not None and seen.is_of(weight):
-            low, high = seen.low, seen.high
-        else:
-            low, high = self.extremes(weight)
+        if seen is None or not seen.is_of(weight):
+            seen = self._look(weight)
         if not (torch.is_grad_enabled() and weight.requires_grad):
-            return low, high
-        return with_gradient(self.layout.grouped(weight), low, high, self.dims)
+            return seen.low, seen.high
+        view = self.layout.grouped(weight)
+        return with_gradient(view, seen.low, seen.high, self.dims, seen.places)
 
     def offset(self, weight: Tensor) -> Tensor:
         """Lowest level b of each scale group; no gradient."""
@@ -270,6 +270,13 @@ class WeightQuantizer(Quantizer):
         step = torch.log2(span / (2.0**bits - 1.0))
         self.log2_step.copy_(step.clamp(min=MIN_LOG2_STEP))
 
+    @torch.no_grad()
+    def _look(self, weight: Tensor) -> Seen:
+        """Extremes of a weight and where they stand."""
+        low, high, places = located(self.layout.grouped(weight), self.dims)
+        low, high = wide(low, self.log2_step), wide(high, self.log2_step)
+        return Seen(weakref.ref(weight), weight._version, low, high, places)
+
     def _grid(
         self, weight: Tensor, *, remember: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,9 +288,11 @@ class WeightQuantizer(Quantizer):
         """
         step = self.step
         with torch.no_grad():
-            low, high = self.extremes(weight)
             if remember and not torch.compiler.is_compiling():
-                self._seen = Seen.of(weight, low, high)
+                self._seen = self._look(weight)
+                low, high = self._seen.low, self._seen.high
+            else:
+                low, high = self.extremes(weight)
             capacity = torch.log2((high - low) / step + 1.0)
             whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
             lower = snap_offset(low, step.detach(), self.spec.offset)

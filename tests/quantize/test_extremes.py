@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import gdnsq_fx.quantize.quantizer as quantizer_module
 from gdnsq_fx.channels import ChannelLayout
-from gdnsq_fx.quantize.extremes import with_gradient
+from gdnsq_fx.quantize.extremes import located, with_gradient
 from gdnsq_fx.quantize.quantizer import WeightQuantizer
 from gdnsq_fx.spec import QuantSpec
 
@@ -34,6 +35,46 @@ def test_gradients_are_those_of_amin_and_amax(
     assert torch.allclose(*torch.autograd.grad(loss, weight), *wanted, rtol=1e-12)
 
 
+@given(
+    seed=st.integers(0, 2**31),
+    distinct=st.integers(1, 9),
+    rows=st.integers(1, 4),
+    per_channel=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_gradients_by_place_reach_one_of_those_that_are_equal(
+    seed: int, distinct: int, rows: int, per_channel: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(distinct, (rows, 3, 4), generator=generator).double()
+    dims = (1, 2) if per_channel else (0, 1, 2)
+    low, high, places = located(values, dims)
+    assert places is not None
+    assert torch.equal(low, values.amin(dims, keepdim=True))
+    assert torch.equal(high, values.amax(dims, keepdim=True))
+    by_low, by_high = torch.randn(2, *low.shape, generator=generator).double()
+    weight = values.clone().requires_grad_()
+    found = with_gradient(weight, low, high, dims, places)
+    loss = (found[0] * by_low + found[1] * by_high).sum()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    varied = low < high
+    for extreme, wanted in ((low, by_low), (high, by_high)):
+        there = torch.where(values == extreme, gradient, 0.0)
+        assert torch.equal(there.sum(dims, keepdim=True)[varied], wanted[varied])
+        assert ((there != 0).sum(dims, keepdim=True)[varied] == 1).all()
+    both = gradient.sum(dims, keepdim=True)
+    assert torch.allclose(both, by_low + by_high, rtol=1e-12)
+
+
+def test_no_places_where_groups_are_no_rows() -> None:
+    weight = torch.randn(3, 4, 5)
+    assert located(weight, (0, 2))[2] is None
+    assert located(weight.transpose(0, 1), (1, 2))[2] is None
+    low, high, _ = located(weight, (0, 2))
+    assert torch.equal(low, weight.amin((0, 2), keepdim=True))
+    assert torch.equal(high, weight.amax((0, 2), keepdim=True))
+
+
 def _quantizer(weight: nn.Parameter) -> WeightQuantizer:
     made = WeightQuantizer("w", QuantSpec(4), ChannelLayout(0), weight)
     made.open_to(weight, 4.0)
@@ -43,13 +84,13 @@ def _quantizer(weight: nn.Parameter) -> WeightQuantizer:
 def _walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Notes every walk over a weight for its extremes."""
     walks: list[int] = []
-    walk = WeightQuantizer.extremes
 
-    def noting(self: WeightQuantizer, weight: torch.Tensor) -> object:
+    def noting(weight: torch.Tensor, dims: tuple[int, ...]) -> object:
         walks.append(weight.numel())
-        return walk(self, weight)
+        return located(weight, dims)
 
-    monkeypatch.setattr(WeightQuantizer, "extremes", noting)
+    monkeypatch.setattr(quantizer_module, "located", noting)
+    monkeypatch.setattr(WeightQuantizer, "extremes", None)
     return walks
 
 

@@ -94,6 +94,26 @@ def test_gradients_leave_their_arguments_alone() -> None:
     assert all(map(torch.equal, (x, gradient, levels), before))
 
 
+@pytest.mark.parametrize("lower", [None, -0.5])
+def test_infinite_inputs_are_clamped(lower: float | None) -> None:
+    x = torch.tensor(
+        [0.3, torch.inf] if lower is None else [0.3, torch.inf, -torch.inf]
+    )
+    leaves = [t.requires_grad_() for t in (x, torch.tensor(0.1), torch.tensor(1.6))]
+    bound = None if lower is None else torch.tensor(lower)
+    levels = quantize_activation(*leaves, bound, "lsq")
+    grads = torch.autograd.grad(levels.sum(), leaves)
+    assert all(torch.isfinite(g).all() for g in (levels, *grads))
+    assert grads[0].tolist() == [1.0] + [0.0] * (len(x) - 1)
+
+
+def test_the_bounds_themselves_are_inside() -> None:
+    x = torch.tensor([-0.5, 1.0], requires_grad=True)
+    scalars = [torch.tensor(v) for v in (0.5, 2.0, -0.5)]
+    levels = quantize_activation(x, *scalars, "lsq")
+    assert torch.autograd.grad(levels.sum(), x)[0].tolist() == [1.0, 1.0]
+
+
 def test_without_a_lower_bound_it_is_zero() -> None:
     x = _doubles(50, seed=1).abs()
     step, range_, zero = (torch.tensor(v).double() for v in (0.1, 1.6, 0.0))
