@@ -74,7 +74,8 @@ class QuantizedTrainer(Trainer):
         """Called by ``Trainer`` for each batch."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        output = model(**inputs)
+        with gdnsq_fx.recomputed_levels():  # less memory, the same gradients
+            output = model(**inputs)
         with torch.no_grad():
             wanted = self.teacher(**inputs)
         loss = nn.functional.cross_entropy(output["logits"], labels)

@@ -38,7 +38,9 @@ def main() -> None:
     for step, x in zip(range(STEPS), itertools.cycle(batches), strict=False):
         with torch.no_grad():
             wanted = model(x)
-        loss = gdnsq_fx.distillation_loss(qmodel(x), wanted)
+        with gdnsq_fx.recomputed_levels():  # less memory, the same gradients
+            output = qmodel(x)
+        loss = gdnsq_fx.distillation_loss(output, wanted)
         constraint.observe_loss(loss)
         optimizer.zero_grad()
         (loss + constraint.penalty(schedule.progress(step))).backward()

@@ -50,7 +50,8 @@ from gdnsq_fx.operands import Call, Stored
 from gdnsq_fx.operation import operation
 from gdnsq_fx.opinfo import OpInfo, OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
-from gdnsq_fx.quantize.quantizer import quantization_disabled
+from gdnsq_fx.quantize.quantizer import quantization_disabled, use_kernels
+from gdnsq_fx.quantize.recompute import recomputed_levels
 from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
 from gdnsq_fx.training.callbacks import Callback, TensorBoardCallback
 from gdnsq_fx.training.finetune import FinetuneResult, finetune
@@ -61,6 +62,7 @@ from gdnsq_fx.training.losses import (
 )
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
+from gdnsq_fx.training.teacher import Teacher, with_teacher_outputs
 
 __version__ = "0.1.0"
 
@@ -104,6 +106,7 @@ __all__ = [
     "Skip",
     "StepRecord",
     "Stored",
+    "Teacher",
     "TensorBoardCallback",
     "Totals",
     "TrainingDivergedError",
@@ -118,6 +121,9 @@ __all__ = [
     "operation",
     "prepare",
     "quantization_disabled",
+    "recomputed_levels",
     "save",
     "squared_distillation_loss",
+    "use_kernels",
+    "with_teacher_outputs",
 ]

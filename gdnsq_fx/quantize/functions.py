@@ -9,12 +9,14 @@ Rounding is half to even and monotone, so the activation clamps codes instead of
 ``k = clamp(round((x - b)/s), 0, round(q/s - 1))`` is the same code, and the very
 arithmetic that the integer model uses (`to_codes`, `from_codes`).
 
-Both functions save only their input and the scalars; backward computes the codes again.
+Both functions save only their input and the scalars; backward computes the levels again
+(and inside `recomputed_levels` those who read them do, too). The gradients stand in
+``gradients.py``, and as plain formulas for compilers in ``traced_gradients.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from gdnsq_fx.quantize.estimators import input_factor, step_derivative
+from gdnsq_fx.quantize import gradients, traced_gradients
+from gdnsq_fx.quantize.kernels import Kernels, compiled, is_compiled
+from gdnsq_fx.quantize.recompute import Recipe, recipe_for
 from gdnsq_fx.spec import Estimator, Offset
 
 
@@ -66,24 +70,61 @@ def snap_offset(offset: Tensor, step: Tensor, mode: Offset) -> Tensor:
     return snapped + (offset - offset.detach())
 
 
+def activation_levels(
+    x: Tensor, step: Tensor, range_: Tensor, lower: Tensor | None
+) -> Tensor:
+    """Forward of `quantize_activation`, whose arguments it takes."""
+    value = wide(x, step)
+    top = max_code(step, range_)
+    if lower is None:  # x - 0 is x: two passes over memory less
+        codes = value.div(step).round_().clamp_(min=0.0)
+        return torch.minimum(codes, top, out=codes).mul_(step).to(x.dtype)
+    codes = to_codes(value, step, lower).clamp_(min=0.0)
+    codes = torch.minimum(codes, top, out=codes)
+    return codes.mul_(step).add_(lower).to(x.dtype)
+
+
+def weight_levels(
+    weight: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
+) -> Tensor:
+    """Forward of `quantize_weight`, whose arguments it takes."""
+    codes = weight_codes(weight, step, lower, top)
+    return codes.mul_(step).add_(lower).to(weight.dtype)
+
+
 def quantize_activation(
-    x: Tensor, step: Tensor, range_: Tensor, lower: Tensor, estimator: Estimator
+    x: Tensor,
+    step: Tensor,
+    range_: Tensor,
+    lower: Tensor | None,
+    estimator: Estimator,
+    kernels: Kernels = "eager",
 ) -> Tensor:
     """Fake-quantize an activation.
 
     Args:
         x: any shape, floating point.
-        step, range_, lower: s > 0, q > 0 and b, scalar tensors in x's units.
+        step, range_, lower: s > 0, q > 0 and b, scalar tensors in x's units. Without
+            ``lower`` b is 0, and x must be known never to be negative.
         estimator: how gradients pass the rounding.
+        kernels: what computes it, see `is_compiled`.
 
     Returns:
-        A tensor of the shape and dtype of x with at most round(q/s) levels.
+        A tensor of the shape and dtype of x with at most round(q/s) levels; dense x
+        keep their strides.
 
     Gradients (METHOD of arXiv 2508.14004): dy/dx is 1 inside the clamp (times the
     estimator's factor) and 0 outside; dy/db is 1 where clamped; dy/dq is 1 and dy/ds
-    is -1 where clamped above; dy/ds is the estimator's noise term inside.
+    is -1 where clamped above; dy/ds is the estimator's noise term inside. There are no
+    second derivatives: asking for them raises a RuntimeError.
     """
-    return _QuantizeActivation.apply(x, step, range_, lower, estimator)  # type: ignore[no-any-return]
+    recipe = recipe_for(activation_levels, x, step, range_, lower)
+    levels: Tensor = _QuantizeActivation.apply(
+        x, step, range_, lower, estimator, recipe
+    )  # type: ignore[no-any-return]
+    if recipe is not None:
+        recipe.made(levels)
+    return levels
 
 
 def quantize_weight(
@@ -93,6 +134,7 @@ def quantize_weight(
     dims: Sequence[int],
     estimator: Estimator,
     top: Tensor | None = None,
+    kernels: Kernels = "eager",
 ) -> Tensor:
     """Fake-quantize a weight; its range is its own, so no outlier is cut off.
 
@@ -103,12 +145,46 @@ def quantize_weight(
         estimator: how gradients pass the rounding.
         top: largest code, shaped like ``step``. Meant for codes that a rounding error
             lifts above the whole bits which the capacity stands for.
+        kernels: what computes it, see `is_compiled`.
 
     Returns:
         A tensor of the weight's shape and dtype. dy/dw is 1 times the estimator's
         factor, dy/ds its noise term summed over ``dims``; ``lower`` gets no gradient.
     """
-    return _QuantizeWeight.apply(weight, step, lower, tuple(dims), estimator, top)  # type: ignore[no-any-return]
+    grid = (step, lower, top)
+    if is_compiled(kernels, weight.device):
+        region = compiled(_weight_region)
+        recipe = recipe_for(compiled(weight_levels), weight, *grid)
+        levels = region(weight, *grid, tuple(dims), estimator)
+    else:
+        recipe = recipe_for(weight_levels, weight, *grid)
+        levels = _weight_region(weight, *grid, tuple(dims), estimator, recipe)
+    if recipe is not None:
+        recipe.made(levels)
+    return levels
+
+
+def _activation_region(
+    x: Tensor,
+    step: Tensor,
+    range_: Tensor,
+    lower: Tensor | None,
+    estimator: Estimator,
+    recipe: Recipe | None = None,
+) -> Tensor:
+    return _QuantizeActivation.apply(x, step, range_, lower, estimator, recipe)  # type: ignore[no-any-return]
+
+
+def _weight_region(
+    weight: Tensor,
+    step: Tensor,
+    lower: Tensor,
+    top: Tensor | None,
+    dims: tuple[int, ...],
+    estimator: Estimator,
+    recipe: Recipe | None = None,
+) -> Tensor:
+    return _QuantizeWeight.apply(weight, step, lower, top, dims, estimator, recipe)  # type: ignore[no-any-return]
 
 
 def weight_codes(
@@ -116,7 +192,7 @@ def weight_codes(
 ) -> Tensor:
     """Whole codes of a weight, as floats; arguments as in `quantize_weight`."""
     codes = to_codes(wide(weight, step), step, lower).clamp_(min=0.0)
-    return codes if top is None else torch.minimum(codes, top)
+    return codes if top is None else torch.minimum(codes, top, out=codes)
 
 
 def wide(value: Tensor, step: Tensor) -> Tensor:
@@ -131,39 +207,37 @@ class _QuantizeActivation(Function):
         x: Tensor,
         step: Tensor,
         range_: Tensor,
-        lower: Tensor,
+        lower: Tensor | None,
         estimator: Estimator,
+        recipe: Recipe | None,
     ) -> Tensor:
         ctx.save_for_backward(x, step, range_, lower)
         ctx.estimator = estimator
-        codes = to_codes(wide(x, step), step, lower)
-        codes = torch.minimum(codes.clamp_(min=0.0), max_code(step, range_))
-        return from_codes(codes, step, lower).to(x.dtype)
+        ctx.recipe = recipe
+        return activation_levels(x, step, range_, lower)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, step, range_, lower = ctx.saved_tensors
-        gradient = wide(grad_outputs[0], step)
-        x_wide = wide(x, step)
-        above = x_wide > lower + range_ - step
-        below = x_wide < lower
-        inside = ~(above | below)
-        clamped = torch.minimum(x_wide.clamp(min=lower), lower + range_ - step)
-        position = clamped.sub_(lower).div_(step)
-        error = position.round() - position
-        passed = torch.where(inside, gradient, 0.0)
-        noise = step_derivative(error, ctx.estimator)
-        top = torch.where(above, gradient, 0.0).sum()
-        grad_step = (passed * noise).sum() - top
-        grad_lower = (gradient - passed).sum()
-        factor = input_factor(gradient, error, ctx.estimator, tuple(range(error.ndim)))
-        grad_x = passed if factor is None else passed * factor
+        gradient, value = wide(grad_outputs[0], step), wide(x, step)
+        scalars = (step, range_, lower)
+        if torch.compiler.is_compiling():
+            grads = traced_gradients.activation_gradients(
+                value, gradient, *scalars, ctx.estimator
+            )
+        else:
+            levels = _levels(ctx.recipe, activation_levels, x, value, *scalars)
+            grads = gradients.activation_gradients(
+                value, levels, gradient, *scalars, ctx.estimator
+            )
+        grad_x, grad_step, grad_range, grad_lower = grads
         return (
             grad_x.to(x.dtype),
             grad_step.reshape(step.shape),
-            top.reshape(range_.shape),
-            grad_lower.reshape(lower.shape),
+            grad_range.reshape(range_.shape),
+            None if lower is None else grad_lower.reshape(lower.shape),
+            None,
             None,
         )
 
@@ -175,25 +249,46 @@ class _QuantizeWeight(Function):
         weight: Tensor,
         step: Tensor,
         lower: Tensor,
+        top: Tensor | None,
         dims: tuple[int, ...],
         estimator: Estimator,
-        top: Tensor | None,
+        recipe: Recipe | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight, step, lower)
+        ctx.save_for_backward(weight, step, lower, top)
         ctx.dims = dims
         ctx.estimator = estimator
-        codes = weight_codes(weight, step, lower, top)
-        return from_codes(codes, step, lower).to(weight.dtype)
+        ctx.recipe = recipe
+        return weight_levels(weight, step, lower, top)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight, step, lower = ctx.saved_tensors
-        gradient = wide(grad_outputs[0], step)
-        position = (wide(weight, step) - lower) / step
-        error = position.round() - position
-        noise = step_derivative(error, ctx.estimator)
-        grad_step = (gradient * noise).sum(ctx.dims, keepdim=True)
-        factor = input_factor(gradient, error, ctx.estimator, ctx.dims)
-        grad_weight = gradient if factor is None else gradient * factor
-        return grad_weight.to(weight.dtype), grad_step, None, None, None, None
+        weight, step, lower, top = ctx.saved_tensors
+        gradient, value = wide(grad_outputs[0], step), wide(weight, step)
+        if torch.compiler.is_compiling():
+            grad_weight, grad_step = traced_gradients.weight_gradients(
+                value, gradient, step, lower, ctx.dims, ctx.estimator
+            )
+        else:
+            levels = _levels(ctx.recipe, weight_levels, weight, value, step, lower, top)
+            grad_weight, grad_step = gradients.weight_gradients(
+                value, levels, gradient, step, ctx.dims, ctx.estimator
+            )
+        grad_weight = grad_weight.to(weight.dtype)
+        return grad_weight, grad_step, None, None, None, None, None
+
+
+def _levels(
+    recipe: Recipe | None,
+    compute: Callable[..., Tensor],
+    given: Tensor,
+    value: Tensor,
+    *scalars: Any,
+) -> Tensor:
+    """Levels of an input in the precision of the step, those of a recipe if it may."""
+    if recipe is None:
+        return compute(value, *scalars)
+    if value.dtype != given.dtype:  # rounded to half precision since
+        recipe.let_go()
+        return compute(value, *scalars)
+    return recipe.take()

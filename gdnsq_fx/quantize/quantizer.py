@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.errors import CalibrationError
+from gdnsq_fx.quantize.capacity import (
+    MIN_CAPACITY,
+    MIN_LOG2_STEP,
+    projected_activation,
+    projected_weight,
+    weight_capacity,
+)
+from gdnsq_fx.quantize.extremes import Seen, located, with_gradient
 from gdnsq_fx.quantize.functions import (
     max_code,
     quantize_activation,
@@ -21,13 +31,11 @@ from gdnsq_fx.quantize.functions import (
     weight_codes,
     wide,
 )
+from gdnsq_fx.quantize.kernels import Kernels, checked_kernels
 from gdnsq_fx.spec import QuantSpec
 
-MIN_CAPACITY = 1.0
 # What float rounding may add to the capacity of a projected quantizer, in bits.
 CAPACITY_TOLERANCE = 1e-4
-# Steps below this are denormal numbers, and their reciprocals infinite.
-MIN_LOG2_STEP = -120.0
 
 
 class Quantizer(nn.Module, ABC):
@@ -37,6 +45,7 @@ class Quantizer(nn.Module, ABC):
         edge: name of the edge, such as ``layer1.0.conv1.weight``.
         spec: its fixed choices.
         enabled: when False the module passes its input on unchanged.
+        kernels: what computes it, see `use_kernels`.
         log2_step: learnable, s = 2^log2_step.
     """
 
@@ -47,6 +56,7 @@ class Quantizer(nn.Module, ABC):
         self.edge = edge
         self.spec = spec
         self.enabled = True
+        self.kernels: Kernels = "auto"
 
     @property
     def step(self) -> Tensor:
@@ -116,8 +126,9 @@ class ActivationQuantizer(Quantizer):
 
     def quantize(self, value: Tensor) -> Tensor:
         """See `quantize_activation`."""
+        lower = None if self.nonnegative else self.offset
         return quantize_activation(
-            value, self.step, self.range, self.offset, self.spec.estimator
+            value, self.step, self.range, lower, self.spec.estimator, self.kernels
         )
 
     @torch.no_grad()
@@ -157,15 +168,10 @@ class ActivationQuantizer(Quantizer):
 
     @torch.no_grad()
     def project(self, cap: float) -> None:
-        """Raise the step until the capacity is at most ``cap`` (at least one bit).
-
-        Below one bit, step and range meet halfway: were the step alone to yield, it
-        could never grow at a cap of one bit, and the scale would follow the range only.
-        """
-        self.log2_step.clamp_(min=self.log2_range - cap)
-        missing = (MIN_CAPACITY - (self.log2_range - self.log2_step)).clamp(min=0.0)
-        self.log2_range.add_(missing / 2)
-        self.log2_step.clamp_(max=self.log2_range - MIN_CAPACITY)
+        """Raise the step until the capacity is at most ``cap`` (at least one bit)."""
+        step, range_ = projected_activation(self.log2_step, self.log2_range, cap)
+        self.log2_step.copy_(step)
+        self.log2_range.copy_(range_)
 
     @torch.no_grad()
     def cover(self, low: float, high: float, bits: float) -> None:
@@ -201,6 +207,7 @@ class WeightQuantizer(Quantizer):
     ) -> None:
         super().__init__(edge, spec)
         self.layout = layout
+        self._seen: Seen | None = None
         self.dims = layout.reduced_dims(weight.ndim)
         shape = list(layout.grouped(weight).shape)
         for dim in self.dims:
@@ -209,11 +216,26 @@ class WeightQuantizer(Quantizer):
             torch.full(shape, math.nan, device=weight.device, dtype=torch.float32)
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what forward has seen, which is of this very weight."""
+        return {**self.__dict__, "_seen": None}
+
+    @torch.no_grad()
     def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Least and largest weight of each scale group, shaped like ``log2_step``."""
         view = self.layout.grouped(weight)
         low = wide(view.amin(self.dims, keepdim=True), self.log2_step)
         return low, wide(view.amax(self.dims, keepdim=True), self.log2_step)
+
+    def learnable_extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, differentiable; those that the last forward met where it may."""
+        seen = self._seen
+        if seen is None or not seen.is_of(weight):
+            seen = self._look(weight)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return seen.low, seen.high
+        view = self.layout.grouped(weight)
+        return with_gradient(view, seen.low, seen.high, self.dims, seen.places)
 
     def offset(self, weight: Tensor) -> Tensor:
         """Lowest level b of each scale group; no gradient."""
@@ -221,10 +243,10 @@ class WeightQuantizer(Quantizer):
 
     def quantize(self, value: Tensor) -> Tensor:
         """See `quantize_weight`."""
-        step, lower, top = self._grid(value)
+        step, lower, top = self._grid(value, remember=self.training)
         view = self.layout.grouped(value)
         quantized = quantize_weight(
-            view, step, lower, self.dims, self.spec.estimator, top
+            view, step, lower, self.dims, self.spec.estimator, top, self.kernels
         )
         return quantized.view_as(value)
 
@@ -236,9 +258,7 @@ class WeightQuantizer(Quantizer):
 
     def capacity(self, weight: Tensor) -> Tensor:
         """log2((max - min)/s + 1) of each scale group, bits per element."""
-        low, high = self.extremes(weight)
-        # A product: the derivative of a quotient squares the step, which underflows.
-        return torch.log2((high - low) * torch.exp2(-self.log2_step) + 1.0)
+        return weight_capacity(*self.learnable_extremes(weight), self.log2_step)
 
     @torch.no_grad()
     def levels(self, weight: Tensor) -> Tensor:
@@ -250,12 +270,7 @@ class WeightQuantizer(Quantizer):
     def project(self, weight: Tensor, cap: float) -> None:
         """Raise steps until every capacity is at most ``cap`` (at least one bit)."""
         low, high = self.extremes(weight)
-        span = (high - low).to(self.log2_step.dtype)
-        least = torch.log2(span / (2.0**cap - 1.0)).clamp(min=MIN_LOG2_STEP)
-        most = torch.log2(span).clamp(min=MIN_LOG2_STEP)
-        # A constant channel has no span: any step represents it, so keep its own.
-        projected = self.log2_step.clamp(least, torch.maximum(least, most))
-        self.log2_step.copy_(torch.where(span > 0, projected, self.log2_step))
+        self.log2_step.copy_(projected_weight(self.log2_step, low, high, cap))
 
     @torch.no_grad()
     def open_to(self, weight: Tensor, bits: float) -> None:
@@ -267,7 +282,16 @@ class WeightQuantizer(Quantizer):
         step = torch.log2(span / (2.0**bits - 1.0))
         self.log2_step.copy_(step.clamp(min=MIN_LOG2_STEP))
 
-    def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @torch.no_grad()
+    def _look(self, weight: Tensor) -> Seen:
+        """Extremes of a weight and where they stand."""
+        low, high, places = located(self.layout.grouped(weight), self.dims)
+        low, high = wide(low, self.log2_step), wide(high, self.log2_step)
+        return Seen(weakref.ref(weight), weight._version, low, high, places)
+
+    def _grid(
+        self, weight: Tensor, *, remember: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Step, lowest level and largest code of each scale group.
 
         The offset may lie half a step below the least weight, and steps are floats: the
@@ -276,11 +300,32 @@ class WeightQuantizer(Quantizer):
         """
         step = self.step
         with torch.no_grad():
-            low, high = self.extremes(weight)
+            if remember and not torch.compiler.is_compiling():
+                self._seen = self._look(weight)
+                low, high = self._seen.low, self._seen.high
+            else:
+                low, high = self.extremes(weight)
             capacity = torch.log2((high - low) / step + 1.0)
             whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
             lower = snap_offset(low, step.detach(), self.spec.offset)
         return step, lower, torch.exp2(whole) - 1.0
+
+
+def use_kernels(module: nn.Module, kernels: Kernels) -> None:
+    """Choose what computes the quantizers of a prepared model.
+
+    Args:
+        module: anything that contains quantizers.
+        kernels: ``eager``; ``compile``, where a compiler works; or ``auto``, compiled
+            on CUDA devices.
+
+    Raises:
+        ConfigError: another choice.
+    """
+    checked_kernels(kernels)
+    for quantizer in module.modules():
+        if isinstance(quantizer, Quantizer):
+            quantizer.kernels = kernels
 
 
 @contextmanager

@@ -18,8 +18,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from gdnsq_fx.sites import activation_sites, hard_bits, weight_sites
+from gdnsq_fx.training.side_by_side import (
+    Activations,
+    Excess,
+    Weights,
+    group_key,
+    side_by_side,
+)
 
-EPSILON = 1e-3
 SMOOTHING = 1e-3
 LOSS_MEMORY = 0.99
 # A well-trained model distils at a loss near 0; the penalty must still bite.
@@ -40,6 +46,8 @@ class Constraint:
         self._weights = weight_sites(graph_module)
         self._activations = activation_sites(graph_module)
         self._loss_scale: Tensor | None = None
+        self._groups: tuple[list[Weights], list[Activations]] = ([], [])
+        self._grouped_by: list[object] = []
 
     @property
     def targets(self) -> dict[str, int]:
@@ -67,18 +75,15 @@ class Constraint:
         Args:
             growth: t, how strong it is by now.
         """
-        weights = [
-            _excess(s.quantizer.capacity(s.weight()), s.quantizer.spec.bits)
-            for s in self._weights
-        ]
-        activations = [
-            _excess(s.quantizer.capacity(), s.quantizer.spec.bits)
-            for s in self._activations
-        ]
-        violated_w, violated_a = _violated(weights), _violated(activations)
+        weights, activations = self._grouped()
+        excess_w = [group.excess() for group in weights]
+        excess_a = [group.excess() for group in activations]
+        violated_w, violated_a = _violated(excess_w), _violated(excess_a)
         total = violated_w + violated_a + 2.0 * SMOOTHING
-        penalty = (violated_w + SMOOTHING) / total * _mean(weights)
-        penalty = penalty + (violated_a + SMOOTHING) / total * _mean(activations)
+        mean_w = _mean(excess_w, len(self._weights))
+        mean_a = _mean(excess_a, len(self._activations))
+        penalty = (violated_w + SMOOTHING) / total * mean_w
+        penalty = penalty + (violated_a + SMOOTHING) / total * mean_a
         return penalty * self.loss_scale * growth
 
     def observe_gradients(self) -> None:
@@ -97,11 +102,9 @@ class Constraint:
     @torch.no_grad()
     def project(self, cap: Cap) -> None:
         """Raise steps until every capacity is at most ``cap(target)``."""
-        for site in self._weights:
-            weight = site.weight()
-            site.quantizer.project(weight, cap(site.quantizer.spec.bits))
-        for activation in self._activations:
-            activation.quantizer.project(cap(activation.quantizer.spec.bits))
+        weights, activations = self._grouped()
+        for group in (*weights, *activations):
+            group.project(cap(group.bits))
 
     @torch.no_grad()
     def open_to(self, bits: float) -> None:
@@ -120,6 +123,14 @@ class Constraint:
         found += [s.quantizer.capacity() for s in self._activations]
         return float(torch.stack([f.float() for f in found]).mean())
 
+    def _grouped(self) -> tuple[list[Weights], list[Activations]]:
+        """Quantizers side by side, anew where a target or the device has changed."""
+        keys = [group_key(site) for site in (*self._weights, *self._activations)]
+        if keys != self._grouped_by:
+            self._groups = side_by_side(self._weights, self._activations)
+            self._grouped_by = keys
+        return self._groups
+
     def violations(self) -> dict[str, tuple[int, int]]:
         """Edges above target: name -> (hard bit-width, target)."""
         targets = self.targets
@@ -130,20 +141,15 @@ class Constraint:
         }
 
 
-def _excess(capacity: Tensor, target: float) -> Tensor:
-    """relu(cap - T + eps) of each scale group of one tensor."""
-    return torch.relu(capacity.float() - target + EPSILON)
-
-
-def _violated(excesses: list[Tensor]) -> Tensor:
+def _violated(excesses: list[Excess]) -> Tensor:
     """How many tensors have a channel above its target."""
     if not excesses:
         return torch.tensor(0.0)
-    worst = torch.stack([excess.detach().amax() for excess in excesses])
-    return (worst > EPSILON).sum()
+    return torch.stack([excess.violated for excess in excesses]).sum()
 
 
-def _mean(excesses: list[Tensor]) -> Tensor:
+def _mean(excesses: list[Excess], tensors: int) -> Tensor:
+    """Mean over tensors, of the sums over groups of them."""
     if not excesses:
         return torch.tensor(0.0)
-    return torch.stack([excess.mean() for excess in excesses]).mean()
+    return torch.stack([excess.total for excess in excesses]).sum() / tensors

@@ -36,7 +36,7 @@ from gdnsq_fx.annotations import facts
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import BudgetError
 from gdnsq_fx.sites import assign_targets, hard_bits, sites
-from gdnsq_fx.training.constraint import EPSILON, Cap, Constraint
+from gdnsq_fx.training.constraint import Cap, Constraint
 from gdnsq_fx.training.edges import (
     largest_capacities,
     mean_capacities,
@@ -48,6 +48,7 @@ from gdnsq_fx.training.edges import (
 from gdnsq_fx.training.process_group import ProcessGroup
 from gdnsq_fx.training.schedule import Schedule
 from gdnsq_fx.training.sensitivity import Sensitivity
+from gdnsq_fx.training.side_by_side import EPSILON
 from gdnsq_fx.training.water_filling import water_filled
 
 WIDTHS = tuple(range(1, 9))

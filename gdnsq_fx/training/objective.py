@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.fx import GraphModule
 from gdnsq_fx.errors import BatchStructureError, ConfigError
 from gdnsq_fx.inputs import Batch, check_device
 from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.quantize.recompute import recomputed_levels
 from gdnsq_fx.state import cloned
 from gdnsq_fx.training.losses import TaskLoss
 
@@ -34,12 +36,12 @@ class Objective:
         check_device(qmodel, batch.args, batch.kwargs)
         # Each model gets tensors of its own: it may write into its input.
         args, kwargs = cloned((batch.args, batch.kwargs))
-        output = qmodel(*args, **kwargs)
+        with recomputed_levels():
+            output = qmodel(*args, **kwargs)
         losses: list[Tensor] = []
         if self.weight:
             args, kwargs = cloned((batch.args, batch.kwargs))
-            with torch.no_grad():
-                wanted = self.teacher(*args, **kwargs)
+            wanted = self._asked(args, kwargs)
             losses.append(self.weight * self.distillation_loss(output, wanted))
         if self.task_loss is not None:
             if batch.targets is None:
@@ -54,6 +56,15 @@ class Objective:
                 "does"
             )
         return torch.stack(losses).sum()
+
+    def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the teacher answers, as ordinary tensors."""
+        # A graph of ours keeps nothing of a call. What a user's own model keeps would
+        # be inference tensors for good, unfit for training it later.
+        inference = isinstance(self.teacher, GraphModule)
+        with torch.inference_mode() if inference else torch.no_grad():
+            wanted = self.teacher(*args, **kwargs)
+        return cloned(wanted) if inference else wanted
 
 
 def teacher_for(qmodel: GraphModule, teacher: nn.Module | None) -> nn.Module:

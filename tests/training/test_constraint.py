@@ -13,12 +13,12 @@ import gdnsq_fx
 from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from gdnsq_fx.sites import activation_sites, hard_bits, weight_sites
 from gdnsq_fx.training.constraint import (
-    EPSILON,
     LOSS_FLOOR,
     LOSS_MEMORY,
     SMOOTHING,
     Constraint,
 )
+from gdnsq_fx.training.side_by_side import EPSILON
 
 EPS = 1e-3
 

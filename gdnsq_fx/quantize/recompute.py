@@ -1,0 +1,164 @@
+"""Levels are computed again in backward instead of kept.
+
+A convolution keeps its input for backward. In a prepared model that is the output y of
+a quantizer, a new tensor as large as the activation x, while x is kept by whatever made
+it (a ReLU keeps its output). Likewise for weights. Inside `recomputed_levels` autograd
+keeps, instead of y, how to compute y from x:
+
+    forward    x -> y = levels(x) -> conv(y)        kept: x
+    backward   y = levels(x), once for all readers and for the quantizer's own gradient
+
+The values are the same to the bit: the same operations run on the same input.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+Compute = Callable[..., Tensor]
+
+
+class _Kept(Protocol):
+    def __call__(self) -> Tensor: ...
+
+
+@contextmanager
+def recomputed_levels() -> Generator[None]:
+    """Run the forward pass of a prepared model so that backward keeps no levels.
+
+    Only the forward pass belongs inside; backward may come later. Other hooks on saved
+    tensors that are active outside (`torch.utils.checkpoint`, `save_on_cpu`) get what
+    is kept instead. Under `torch.compile`, which finds out by itself what to compute
+    again, it does nothing.
+
+    An operation that modifies the input of a quantizer in place before backward is an
+    error (`RuntimeError`), as it is without this.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        yield
+        return
+    recorder = _Recorder()
+    token = _RECORDER.set(recorder)
+    try:
+        with saved_tensors_hooks(recorder.pack, _Recorder.unpack):
+            yield
+    finally:
+        _RECORDER.reset(token)
+
+
+def recipe_for(compute: Compute, value: Tensor, *scalars: Any) -> Recipe | None:
+    """How to make ``compute(value, *scalars)`` again; None outside of the context."""
+    if torch.compiler.is_compiling():
+        return None
+    recorder = _RECORDER.get()
+    if recorder is None or not torch.is_grad_enabled():
+        return None
+    fixed = [s.detach() if isinstance(s, Tensor) else s for s in scalars]
+    kept = recorder.pack(value.detach())
+    return Recipe(lambda: compute(_Recorder.unpack(kept), *fixed), recorder)
+
+
+class Recipe:
+    """A quantized tensor, and how to compute it again."""
+
+    def __init__(self, compute: _Kept, recorder: _Recorder) -> None:
+        self._compute = compute
+        self._recorder: _Recorder | None = recorder
+        self._value: Tensor | None = None
+
+    def made(self, value: Tensor) -> None:
+        """This is the tensor; whoever saves it, or a view of it, saves the recipe."""
+        recorder, self._recorder = self._recorder, None
+        assert recorder is not None, "a recipe is for one tensor"
+        recorder.recipes[_storage(value)] = self
+        self._made, self._version = weakref.ref(value), value._version
+
+    def shows(self, tensor: Tensor) -> bool:
+        """Whether this is a view of the tensor that was made, still as it was made."""
+        made = self._made()
+        # An address is given out again once its tensor is gone.
+        if made is None or tensor.dtype != made.dtype:
+            return False
+        return _storage(tensor) == _storage(made) and tensor._version == self._version
+
+    def value(self) -> Tensor:
+        """The tensor, made once for all readers."""
+        if self._value is None:
+            with torch.no_grad():
+                self._value = self._compute()
+        return self._value
+
+    def take(self) -> Tensor:
+        """The tensor for the last time: all its readers are through."""
+        value = self.value()
+        self.let_go()
+        return value
+
+    def let_go(self) -> None:
+        """Hold the tensor no longer; whoever asks again has it computed again."""
+        self._value = None
+
+
+class _Recorder:
+    """What one forward pass saves."""
+
+    def __init__(self) -> None:
+        self.recipes: dict[int, Recipe] = {}
+        self._outer = _active_hooks()
+
+    def pack(self, tensor: Tensor) -> _Kept:
+        """What autograd keeps of a tensor."""
+        recipe = self.recipes.get(_storage(tensor))
+        if recipe is None or not recipe.shows(tensor):
+            return self._whole(tensor)
+        size, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return lambda: recipe.value().as_strided(size, stride, offset)
+
+    @staticmethod
+    def unpack(kept: _Kept) -> Tensor:
+        """The tensor again."""
+        return kept()
+
+    def _whole(self, tensor: Tensor) -> _Kept:
+        if self._outer is not None:
+            pack, unpack = self._outer
+            packed = pack(tensor)
+            return lambda: unpack(packed)
+        version = tensor._version
+
+        def kept() -> Tensor:
+            if tensor._version != version:
+                raise RuntimeError(
+                    "a tensor that backward needs was modified in place after the "
+                    f"forward pass: shape {tuple(tensor.shape)}, version "
+                    f"{tensor._version} instead of {version}; use the operation that "
+                    "is not in place"
+                )
+            return tensor
+
+        return kept
+
+
+_RECORDER: ContextVar[_Recorder | None] = ContextVar("gdnsq_fx_recorder", default=None)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _active_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Hooks on saved tensors that are in force already.
+
+    Of two pairs of hooks torch calls the inner one alone, and has no public way to ask
+    for the outer.
+    """
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if ask is None else ask(True)

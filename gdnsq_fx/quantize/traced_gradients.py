@@ -1,0 +1,56 @@
+"""Gradients of the two quantizers as plain formulas, for compilers.
+
+A compiler fuses them into one kernel, and needs neither buffers to write into nor the
+levels. `gradients` is the same for eager execution.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gdnsq_fx.quantize.estimators import input_factor, step_derivative
+from gdnsq_fx.spec import Estimator
+
+
+def activation_gradients(
+    x: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    range_: Tensor,
+    lower: Tensor | None,
+    estimator: Estimator,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `gdnsq_fx.quantize.gradients.activation_gradients`, without the levels."""
+    low = torch.zeros_like(step) if lower is None else lower
+    above = x > low + range_ - step
+    below = x < low
+    inside = ~(above | below)
+    clamped = torch.minimum(torch.maximum(x, low), low + range_ - step)
+    position = (clamped - low) / step
+    error = position.round() - position
+    passed = torch.where(inside, gradient, 0.0)
+    noise = step_derivative(error, estimator)
+    top = torch.where(above, gradient, 0.0).sum()
+    grad_step = (passed * noise).sum() - top
+    grad_lower = (gradient - passed).sum()
+    factor = input_factor(gradient, error, estimator, tuple(range(error.ndim)))
+    grad_x = passed if factor is None else passed * factor
+    return grad_x, grad_step, top, grad_lower
+
+
+def weight_gradients(
+    weight: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    lower: Tensor,
+    dims: tuple[int, ...],
+    estimator: Estimator,
+) -> tuple[Tensor, Tensor]:
+    """As `gdnsq_fx.quantize.gradients.weight_gradients`, without the levels."""
+    position = (weight - lower) / step
+    error = position.round() - position
+    noise = step_derivative(error, estimator)
+    grad_step = (gradient * noise).sum(dims, keepdim=True)
+    factor = input_factor(gradient, error, estimator, dims)
+    return gradient if factor is None else gradient * factor, grad_step
