@@ -100,6 +100,17 @@ class Constraint:
         """Fixed targets are as they were."""
 
     @torch.no_grad()
+    def align_gradients(self, cap: Cap) -> None:
+        """Let activations at their cap learn one scale; after the last backward.
+
+        Args:
+            cap: target -> bits that an edge with this target may have by now.
+        """
+        _, activations = self._grouped()
+        for group in activations:
+            group.align_gradients(cap(group.bits))
+
+    @torch.no_grad()
     def project(self, cap: Cap) -> None:
         """Raise steps until every capacity is at most ``cap(target)``."""
         weights, activations = self._grouped()

@@ -132,6 +132,11 @@ class LearnedBits:
         slopes = torch.stack([slope(edge) for edge in self._edges])
         self._sensitivity.observe(slopes, mean_capacities(self._edges))
 
+    def align_gradients(self, cap: Cap) -> None:
+        """As `Constraint.align_gradients`, once bits are whole."""
+        if self.is_whole:
+            self._fixed.align_gradients(cap)
+
     @torch.no_grad()
     def project(self, cap: Cap) -> None:
         """Lower capacities until every total is within what is allowed by now.

@@ -122,6 +122,7 @@ class Run:
         self.engine.average_rest()
         self.precision.unscale(self.optimizer)
         self.engine.add_gradients(lambda: self._penalty(step))
+        self.constraint.align_gradients(lambda target: self.schedule.cap(step, target))
         norm = clip_gradients(self.qmodel.parameters(), self.max_grad_norm)
         usable = self._is_usable(step, loss, norm)
         self.precision.update(self.optimizer, usable=usable)

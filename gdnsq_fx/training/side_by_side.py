@@ -74,6 +74,31 @@ class Activations(SideBySide):
         torch._foreach_copy_([q.log2_step for q in quantizers], steps.unbind())
         torch._foreach_copy_([q.log2_range for q in quantizers], ranges.unbind())
 
+    def align_gradients(self, cap: float) -> None:
+        """Where capacity is at ``cap``, let step and range move alike; `no_grad`.
+
+        There the budget leaves one direction to learn in, the scale of all levels. An
+        optimizer that gives each parameter a step of its own length, as Adam does,
+        loses it: whichever of the two moved against the other, the projection takes
+        back, so that scales only grow. The mean of both gradients is their part along
+        the cap, and with it log2_step learns as the one step of LSQ does.
+        """
+        learning = [
+            q
+            for q in self._quantizers
+            if q.log2_step.grad is not None and q.log2_range.grad is not None
+        ]
+        if not learning:
+            return
+        steps = [q.log2_step for q in learning]
+        ranges = [q.log2_range for q in learning]
+        at_cap = torch.stack(ranges) - torch.stack(steps) >= cap - EPSILON
+        gradients = [[_gradient(p) for p in steps], [_gradient(p) for p in ranges]]
+        by_step, by_range = (torch.stack(one) for one in gradients)
+        along = (by_step + by_range) / 2
+        for own, into in zip((by_step, by_range), gradients, strict=True):
+            torch._foreach_copy_(into, torch.where(at_cap, along, own).unbind())
+
     def _steps(self) -> Tensor:
         return torch.stack([q.log2_step for q in self._quantizers])
 
@@ -142,6 +167,11 @@ def group_key(site: WeightSite | ActivationSite) -> object:
 def _excess(capacity: Tensor, target: float) -> Tensor:
     """relu(cap - T + eps) of each scale group."""
     return torch.relu(capacity.float() - target + EPSILON)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:

@@ -100,3 +100,50 @@ def test_a_step_waits_for_no_device() -> None:
     (loss + constraint.penalty(0.5)).backward()
     constraint.project(float)
     assert all(p.grad is not None for p in qmodel.parameters())
+
+
+def test_gradients_at_the_cap_move_step_and_range_alike() -> None:
+    qmodel = _prepared()
+    constraint = Constraint(qmodel)
+    constraint.open_to(4.0)
+    for number, site in enumerate(activation_sites(qmodel)):
+        site.quantizer.log2_step.grad = torch.tensor(1.0 + number)
+        site.quantizer.log2_range.grad = torch.tensor(-4.0)
+    constraint.align_gradients(lambda target: 4.0 if target == 2 else 9.0)
+    for number, site in enumerate(activation_sites(qmodel)):
+        step, range_ = site.quantizer.log2_step.grad, site.quantizer.log2_range.grad
+        assert step is not None and range_ is not None
+        if site.quantizer.spec.bits == 2:  # at its cap
+            assert float(step) == float(range_) == (number - 3.0) / 2
+        else:
+            assert (float(step), float(range_)) == (1.0 + number, -4.0)
+
+
+def test_aligning_needs_no_gradient_of_an_activation_that_was_not_used() -> None:
+    qmodel = _prepared()
+    Constraint(qmodel).align_gradients(float)
+    assert all(p.grad is None for p in qmodel.parameters())
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_scale_at_the_cap_can_grow_and_shrink_under_adam(sign: float) -> None:
+    qmodel = _prepared()
+    constraint = Constraint(qmodel)
+    (quantizer, *_) = [
+        site.quantizer
+        for site in activation_sites(qmodel)
+        if site.quantizer.spec.bits == 2
+    ]
+    constraint.project(float)
+    before = float(quantizer.step)
+    optimizer = torch.optim.Adam([quantizer.log2_step, quantizer.log2_range], 0.05)
+    for _ in range(5):
+        optimizer.zero_grad()
+        # What lies above the clamp: dy/dq = 1, dy/ds = -1.
+        (sign * (quantizer.range - quantizer.step)).backward()
+        constraint.align_gradients(float)
+        optimizer.step()
+        constraint.project(float)
+    change = float(quantizer.step) / before
+    assert change < 0.9 if sign > 0 else change > 1.1
+    assert float(quantizer.capacity()) == pytest.approx(2.0, abs=1e-5)
