@@ -160,6 +160,6 @@ def _active_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] |
     Of two pairs of hooks torch calls the inner one alone, and has no public way to ask
     for the outer.
     """
-    inner: Any = getattr(torch, "_C")  # noqa: B009: private, and not in the stubs
+    inner: Any = getattr(torch, "_C")  # noqa: B009
     ask = getattr(inner._autograd, "_top_saved_tensors_default_hooks", None)
     return None if ask is None else ask(True)
