@@ -118,10 +118,14 @@ def quantize_activation(
     is -1 where clamped above; dy/ds is the estimator's noise term inside. There are no
     second derivatives: asking for them raises a RuntimeError.
     """
-    recipe = recipe_for(activation_levels, x, step, range_, lower)
-    levels: Tensor = _QuantizeActivation.apply(
-        x, step, range_, lower, estimator, recipe
-    )  # type: ignore[no-any-return]
+    scalars = (step, range_, lower)
+    if is_compiled(kernels, x.device):
+        region = compiled(_activation_region)
+        recipe = recipe_for(compiled(activation_levels), x, *scalars)
+        levels = region(x, *scalars, estimator)
+    else:
+        recipe = recipe_for(activation_levels, x, *scalars)
+        levels = _activation_region(x, *scalars, estimator, recipe)
     if recipe is not None:
         recipe.made(levels)
     return levels

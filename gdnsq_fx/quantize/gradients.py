@@ -7,8 +7,6 @@ so they write into their own buffers wherever they can.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -58,7 +56,7 @@ def weight_gradients(
     levels: Tensor,
     gradient: Tensor,
     step: Tensor,
-    dims: Sequence[int],
+    dims: tuple[int, ...],
     estimator: Estimator,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `quantize_weight` for weight and step.
@@ -90,7 +88,7 @@ def _estimated(
     passed: Tensor,
     step: Tensor,
     estimator: Estimator,
-    dims: Sequence[int],
+    dims: tuple[int, ...],
 ) -> tuple[Tensor, Tensor | None]:
     """Derivative by the step of what passes, and the factor on it, None where 1.
 

