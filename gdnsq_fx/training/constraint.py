@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from gdnsq_fx.sites import activation_sites, hard_bits, weight_sites
+from gdnsq_fx.training.clip_weights import clip_outliers
 from gdnsq_fx.training.side_by_side import (
     Activations,
     Excess,
@@ -119,13 +120,14 @@ class Constraint:
 
     @torch.no_grad()
     def open_to(self, bits: float) -> None:
-        """Start over at ``bits`` where the target is lower than that."""
+        """Start over at ``bits`` where the target is lower; outliers are clipped."""
         for site in self._weights:
             if site.quantizer.spec.bits < bits:
                 site.quantizer.open_to(site.weight(), bits)
         for activation in self._activations:
             if activation.quantizer.spec.bits < bits:
                 activation.quantizer.open_to(bits)
+        clip_outliers(self._weights, bits)
 
     @torch.no_grad()
     def mean_capacity(self) -> float:

@@ -30,6 +30,7 @@ from gdnsq_fx.training.learned_bits import costs_within
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
 from gdnsq_fx.training.outputs import Selector, selecting, weighted
+from gdnsq_fx.training.recipe import default_rate, default_schedule
 from gdnsq_fx.training.result import FinetuneResult
 from gdnsq_fx.training.run import Run
 from gdnsq_fx.training.schedule import Schedule
@@ -56,7 +57,7 @@ def finetune(
     validate: Validate | None = None,
     validate_every: int | None = None,
     schedule: Schedule | None = None,
-    lr: float = 1e-3,
+    lr: float | None = None,
     max_grad_norm: float = 10.0,
     progress: bool = True,
     tracker: CapacityTracker | None = None,
@@ -98,8 +99,10 @@ def finetune(
             parameters as the model; part of the distillation.
         validate: ``(model) -> metric``, called in evaluation mode at the end.
         validate_every: also call it every so many steps.
-        schedule: how bits and rates go down; `Schedule(steps)` by default.
-        lr: learning rate of weights (Adam); quantizers have their own (see `Schedule`).
+        schedule: how bits and rates go down; by default bits start at their targets
+            (see ``recipe.py``), or with a ``budget`` come down from 8.
+        lr: learning rate of weights (Adam), by default 3e-3 where a target is 1 bit,
+            else 1e-3; quantizers have their own (see `Schedule`).
         max_grad_norm: gradients are clipped to this norm.
         progress: show a progress bar.
         tracker: notes the capacity of every edge through the run.
@@ -149,9 +152,15 @@ def finetune(
     """
     engine = engine_for(accelerator, shard=shard)
     group = engine.group
-    schedule = schedule or Schedule(steps)
+    learned = budget is not None
+    schedule = schedule or default_schedule(steps, learned_bits=learned)
+    if best is not None and validate is None:
+        raise ConfigError("best needs validate, the metric that is compared")
+    _check_goal(schedule, steps, task_loss, distillation)
+    inputs = model_facts(qmodel).inputs
+    require_quantizers(qmodel, "finetune")
     settings = Settings(
-        lr=lr,
+        lr=default_rate(qmodel, learned_bits=learned) if lr is None else lr,
         max_grad_norm=max_grad_norm,
         distillation=distillation,
         task_weight=task_weight,
@@ -164,11 +173,6 @@ def finetune(
         best=best,
         patience=patience,
     )
-    if best is not None and validate is None:
-        raise ConfigError("best needs validate, the metric that is compared")
-    _check_goal(schedule, steps, task_loss, distillation)
-    inputs = model_facts(qmodel).inputs
-    require_quantizers(qmodel, "finetune")
     agree_on(qmodel, group)
     needed = steps * accumulate + batch_norm_batches
     stream = BatchStream(

@@ -11,7 +11,7 @@ from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
 from gdnsq_fx.training.dtensors import is_sharded
 from gdnsq_fx.training.schedule import Schedule
 
-MAX_RANGE_RATE = 5e-2
+MAX_RATE = 1e-2
 
 
 def parameter_groups(
@@ -19,9 +19,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Weights at ``lr``; each quantizer at the rate that its descent needs.
 
-    Only the step has bits to lose: the range follows the data, so in short runs its
-    rate is limited, or it strays by powers of two. ``lower`` is in units of its
-    activation, not a logarithm: its rate is a share of the range.
+    In short runs that rate is limited, or steps and ranges stray by powers of two: the
+    projection brings bits down in any case. ``lower`` is in units of its activation,
+    not a logarithm: its rate is a share of the range.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     ours: set[int] = set()
@@ -29,9 +29,9 @@ def parameter_groups(
         if not isinstance(module, Quantizer):
             continue
         ours |= {id(p) for p in module.parameters()}
-        rate = schedule.quantizer_rate(module.spec.bits)
+        rate = min(schedule.quantizer_rate(module.spec.bits), MAX_RATE)
         for name, parameter in module.named_parameters():
-            own = rate if name == "log2_step" else min(rate, MAX_RANGE_RATE)
+            own = rate
             if name == "lower" and isinstance(module, ActivationQuantizer):
                 own *= float(module.range.detach())
             groups.setdefault(own, []).append(parameter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from statistics import mean
 from typing import Any
 
@@ -14,8 +15,12 @@ from torch import Tensor, nn
 
 import gdnsq_fx
 from gdnsq_fx.demo.seeding import seeded
+from gdnsq_fx.inputs import Batch
+from gdnsq_fx.training.batch_norm import reestimate_batch_norm
 
 CALIBRATION = 512
+# Batches on which every method measures the statistics of BatchNorm at the end.
+REESTIMATED = 20
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ Method = Callable[[ResNet20, Images, Setting], Trained]
 
 
 def ours(**changes: Any) -> Method:
-    """`finetune` with its defaults for this precision, but for ``changes``.
+    """`finetune` as it is by default for this precision, but for ``changes``.
 
     ``calibrated=False`` calibrates on noise; ``config`` changes the `QuantConfig`,
     ``schedule`` the `Schedule`; all else goes to `finetune`.
@@ -66,7 +71,8 @@ def ours(**changes: Any) -> Method:
         config = gdnsq_fx.QuantConfig(
             setting.bits, setting.bits, first_last="exclude", **given.pop("config", {})
         )
-        schedule = given.pop("schedule", gdnsq_fx.Schedule)(setting.steps)
+        made = given.pop("schedule", None)
+        schedule = None if made is None else made(setting.steps)
         qmodel = gdnsq_fx.prepare(teacher, calibration[0], config, calibration)
         with seeded(setting.seed):
             result = gdnsq_fx.finetune(
@@ -75,6 +81,7 @@ def ours(**changes: Any) -> Method:
                 steps=setting.steps,
                 teacher=teacher,
                 schedule=schedule,
+                batch_norm_batches=REESTIMATED,
                 progress=False,
                 **given,
             )
@@ -97,13 +104,11 @@ def peer(
         copied.load_state_dict(teacher.state_dict())
         with seeded(setting.seed):
             model = convert(copied.eval(), setting.bits, calibration)
-            distil(
-                model,
-                teacher,
-                Augmented(train, setting.batch, setting.seed),
-                gdnsq_fx.Schedule(setting.steps, start_bits=setting.bits),
-                lr,
-            )
+            batches = Augmented(train, setting.batch, setting.seed)
+            schedule = gdnsq_fx.Schedule(setting.steps, start_bits=setting.bits)
+            distil(model, teacher, batches, schedule, lr)
+            rest = (Batch((images,), {}, None) for images, _ in batches)
+            reestimate_batch_norm(model, islice(rest, REESTIMATED))
         return Trained(model, float(setting.bits), True)
 
     return run

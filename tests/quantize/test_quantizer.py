@@ -119,12 +119,15 @@ def test_weight_capacity_pulls_its_extremes_in() -> None:
     assert quantizer.log2_step.grad.item() == pytest.approx(-8.0 / 9.0)
 
 
-def test_equal_extremes_share_the_pull() -> None:
+def test_equal_extremes_have_one_pull_between_them() -> None:
+    """Which of them gets how much of it is open: each choice is a subgradient."""
     weight = torch.tensor([[-1.0, 3.0, 3.0]], requires_grad=True)
     _weight(weight.detach(), 0.5).capacity(weight).sum().backward()
     pull = 2.0 / 9.0 / LN2
     assert weight.grad is not None
-    assert torch.allclose(weight.grad, torch.tensor([[-pull, pull / 2, pull / 2]]))
+    least, *largest = weight.grad[0].tolist()
+    assert least == pytest.approx(-pull)
+    assert min(largest) >= 0.0 and sum(largest) == pytest.approx(pull)
 
 
 # --- chain rule through the logarithms ---
