@@ -94,6 +94,12 @@ class Projection(TrainerCallback):
         self.constraint = constraint
         self.schedule = schedule
 
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        """Before it, ``global_step`` does not count this step yet."""
+        self.constraint.align_gradients(partial(self.schedule.cap, state.global_step))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimizer step; ``global_step`` counts it already."""
         self.constraint.project(partial(self.schedule.cap, state.global_step - 1))
@@ -119,7 +125,7 @@ def main() -> None:
     bits = gdnsq_fx.QuantConfig(weight_bits=4, act_bits=4)
     qmodel = gdnsq_fx.prepare(copy.deepcopy(model), example, bits, [example])
 
-    schedule, constraint = gdnsq_fx.Schedule(STEPS), Constraint(qmodel)
+    schedule, constraint = gdnsq_fx.Schedule(STEPS, start_bits=4), Constraint(qmodel)
     constraint.open_to(schedule.start_bits)
     optimizer = torch.optim.Adam(parameter_groups(qmodel, schedule, lr=1e-3))
     factor = schedule.learning_rate_factor

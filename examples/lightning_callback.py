@@ -66,6 +66,13 @@ class Quantized(lightning.LightningModule):
 class Projection(Callback):
     """Holds every capacity under the cap, which comes down to its target."""
 
+    def on_before_optimizer_step(
+        self, trainer: Any, pl_module: Any, optimizer: Any
+    ) -> None:
+        """Before it, ``global_step`` does not count this step yet."""
+        cap = partial(pl_module.schedule.cap, pl_module.global_step)
+        pl_module.constraint.align_gradients(cap)
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -81,7 +88,7 @@ def main() -> None:
     data = torch.randn(512, 16)
     config = gdnsq_fx.QuantConfig(weight_bits=2, act_bits=2, first_last=None)
     qmodel = gdnsq_fx.prepare(copy.deepcopy(model), data[:BATCH], config, [data])
-    module = Quantized(qmodel.train(), model, gdnsq_fx.Schedule(STEPS))
+    module = Quantized(qmodel.train(), model, gdnsq_fx.Schedule(STEPS, start_bits=2))
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
             max_steps=STEPS,

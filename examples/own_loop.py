@@ -29,7 +29,7 @@ def main() -> None:
     config = gdnsq_fx.QuantConfig(weight_bits=2, act_bits=2, first_last=None)
     qmodel = gdnsq_fx.prepare(model, batches[0], config, calibration=batches)
 
-    schedule, constraint = gdnsq_fx.Schedule(STEPS), Constraint(qmodel)
+    schedule, constraint = gdnsq_fx.Schedule(STEPS, start_bits=2), Constraint(qmodel)
     constraint.open_to(schedule.start_bits)
     optimizer = torch.optim.Adam(parameter_groups(qmodel, schedule, lr=1e-3))
     factor = schedule.learning_rate_factor
@@ -44,9 +44,11 @@ def main() -> None:
         constraint.observe_loss(loss)
         optimizer.zero_grad()
         (loss + constraint.penalty(schedule.progress(step))).backward()
+        cap = partial(schedule.cap, step)
+        constraint.align_gradients(cap)
         optimizer.step()
         rates.step()
-        constraint.project(partial(schedule.cap, step))
+        constraint.project(cap)
     qmodel.eval()
 
     print("loss:", f"{float(loss.detach()):.4f}")
