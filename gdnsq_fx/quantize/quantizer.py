@@ -258,6 +258,8 @@ class WeightQuantizer(Quantizer):
 
     def capacity(self, weight: Tensor) -> Tensor:
         """log2((max - min)/s + 1) of each scale group, bits per element."""
+        # Looked at anew: only a penalty between forward and update may trust `_seen`.
+        self._seen = None
         return weight_capacity(*self.learnable_extremes(weight), self.log2_step)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from gdnsq_fx.errors import ConfigError
 
+LEAST_TARGET = 1.0
 
 @dataclass(frozen=True)
 class Schedule:
@@ -88,8 +89,12 @@ class Schedule:
         return warm * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
     def growth(self, step: int) -> float:
-        """Factor t of the penalty at this step."""
-        return self.progress(step)
+        """Factor t of the penalty at this step.
+
+        Where bits start at their targets it is 0: nothing is violated that a penalty
+        could bring down, and at the cap itself it would press on without end.
+        """
+        return 0.0 if self.start_bits <= LEAST_TARGET else self.progress(step)
 
     def quantizer_rate(self, target: float) -> float:
         """Learning rate of log2 steps and ranges: bits to lose for each descent step.

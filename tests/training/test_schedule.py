@@ -137,3 +137,8 @@ def test_paper_schedule_anneals_once_the_targets_are_met() -> None:
 def test_paper_schedule_refuses_a_rate_of_zero() -> None:
     with pytest.raises(ConfigError, match="lr must be above 0"):
         Schedule.paper(10, lr=0.0)
+
+
+def test_no_penalty_presses_on_bits_that_start_at_their_targets() -> None:
+    assert Schedule(10, start_bits=1.0).growth(9) == 0.0
+    assert Schedule(10, start_bits=2.0).growth(9) == 1.0
