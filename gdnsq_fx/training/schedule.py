@@ -19,6 +19,7 @@ from gdnsq_fx.errors import ConfigError
 
 LEAST_TARGET = 1.0
 
+
 @dataclass(frozen=True)
 class Schedule:
     """Caps and learning-rate factors by step.
