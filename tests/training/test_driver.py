@@ -17,6 +17,7 @@ from gdnsq_fx.inputs import Batch
 from gdnsq_fx.sites import hard_bits
 from gdnsq_fx.training.amp import MixedPrecision
 from gdnsq_fx.training.batch_norm import reestimate_batch_norm
+from gdnsq_fx.training.schedule import Schedule
 
 STEPS = 20
 
@@ -247,7 +248,13 @@ def test_the_best_state_within_the_budget_is_kept(best: Any, sign: float) -> Non
     qmodel = _prepared()
     metrics = {2: 9.0 * sign, 14: 5.0 * sign, 17: 3.0 * sign}
     validate, seen = _metrics(qmodel, metrics)
-    result = _finetune(qmodel, validate=validate, validate_every=1, best=best)
+    result = _finetune(
+        qmodel,
+        validate=validate,
+        validate_every=1,
+        best=best,
+        schedule=Schedule(STEPS),  # bits come down from 8
+    )
     assert result.best_step == 14
     assert result.steps == STEPS
     assert torch.equal(qmodel.get_parameter("4.weight"), seen[14])
@@ -267,7 +274,12 @@ def test_patience_ends_the_run() -> None:
     qmodel = _prepared()
     validate, seen = _metrics(qmodel, {10: 1.0})
     result = _finetune(
-        qmodel, validate=validate, validate_every=1, best="max", patience=3
+        qmodel,
+        validate=validate,
+        validate_every=1,
+        best="max",
+        patience=3,
+        schedule=Schedule(STEPS),
     )
     assert (result.steps, result.best_step) == (14, 10)
     assert torch.equal(qmodel.get_parameter("4.weight"), seen[10])
