@@ -4,8 +4,8 @@
     python tests/benchmarks/digits_accuracy.py --recipes   # estimators, offsets
 
 ``start``: at the target, or at 8 bits, which come down over half of the steps as
-``(1 - progress)^n``. Prints a table and writes it beside this file, in ``results/``; the
-README quotes it.
+``(1 - progress)^n``. Prints a table and writes it beside this file, in ``results/``;
+the README quotes it.
 """
 
 from __future__ import annotations
