@@ -17,6 +17,13 @@ seeds of the outcome; differences below 2 points are within the spread of seeds)
 | outliers of weights clipped at the start | 28.9 | **79.5** |
 | all that, gradients aligned at the cap, with the penalty | 52.9 | 80.2 |
 | the same without the penalty | **54.3** | **80.2** |
+| all that, weights at 5e-4 | | 80.4 |
+
+| all that, weights at | W3A3 % | W4A4 % |
+| --- | --- | --- |
+| 1e-3 | 85.5 | 86.6 |
+| 5e-4 | **85.8** | |
+| 3e-4 | **85.8** | **87.5** |
 
 So a run of few hundred steps has no steps to spare for bits that it will not keep: it
 starts at its target, from levels of least squared error. Longer runs may come down from
@@ -31,8 +38,11 @@ from torch.fx import GraphModule
 from gdnsq_fx.sites import sites
 from gdnsq_fx.training.schedule import Schedule
 
-BINARY_LR = 3e-3
 LR = 1e-3
+# By the lowest target of the model; from 3 bits on there is little to repair, and each
+# step away from the trained weights costs some of what they know.
+LR_OF = {1: 3e-3, 2: 1e-3}
+LR_ABOVE = 3e-4
 
 
 def default_schedule(steps: int, *, learned_bits: bool) -> Schedule:
@@ -56,4 +66,4 @@ def default_rate(qmodel: GraphModule, *, learned_bits: bool) -> float:
         learned_bits: targets are still to be found.
     """
     lowest = min(site.quantizer.spec.bits for site in sites(qmodel))
-    return BINARY_LR if lowest == 1 and not learned_bits else LR
+    return LR if learned_bits else LR_OF.get(lowest, LR_ABOVE)

@@ -1,0 +1,43 @@
+"""What a run does where nothing is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import gdnsq_fx
+from gdnsq_fx.sites import assign_targets, hard_bits
+from gdnsq_fx.training.recipe import default_rate, default_schedule
+
+
+def _prepared(bits: int) -> torch.fx.GraphModule:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.randn(32, 6)
+    config = gdnsq_fx.QuantConfig(bits, bits, first_last=None)
+    return gdnsq_fx.prepare(model, x, config, [x])
+
+
+@pytest.mark.parametrize(("bits", "rate"), [(1, 3e-3), (2, 1e-3), (3, 3e-4), (8, 3e-4)])
+def test_rate_by_the_lowest_target(bits: int, rate: float) -> None:
+    qmodel = _prepared(8)
+    assign_targets(qmodel, {"0.weight": bits})
+    assert default_rate(qmodel, learned_bits=False) == rate
+    assert default_rate(qmodel, learned_bits=True) == 1e-3
+
+
+def test_fixed_targets_are_held_from_the_first_step() -> None:
+    schedule = default_schedule(100, learned_bits=False)
+    assert {schedule.cap(step, 2) for step in range(100)} == {2.0}
+    qmodel = _prepared(2)
+    x = torch.randn(32, 6)
+    result = gdnsq_fx.finetune(qmodel, [x], steps=5, progress=False)
+    assert all(record.mean_bits <= 2.0 + 1e-4 for record in result.history)
+    assert set(hard_bits(qmodel).values()) == {2}
+
+
+def test_learned_bits_come_down() -> None:
+    schedule = default_schedule(100, learned_bits=True)
+    assert schedule.cap(0, 2) > 7.0
+    assert schedule.cap(99, 2) == 2.0
