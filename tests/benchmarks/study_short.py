@@ -51,7 +51,10 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data"
 BITS = (4, 3, 2, 1)
 ABLATION_BITS = (2, 1)
 SEEDS = (0, 1, 2)
-PEER_LR = {4: 1e-3, 3: 1e-3, 2: 1e-3, 1: 3e-3}
+# The rates of our recipe. LSQ is better at 1e-3 than at 3e-4 (W4A4, one seed: 86.7 and
+# 86.2 %), Brevitas at 3e-4 (86.3 and 87.4 %).
+LSQ_LR = {4: 1e-3, 3: 1e-3, 2: 1e-3, 1: 3e-3}
+BREVITAS_LR = {4: 3e-4, 3: 3e-4, 2: 1e-3, 1: 3e-3}
 MAIN = ("ours", "paper", "LSQ", "Brevitas")
 
 
@@ -102,13 +105,13 @@ def method_of(name: str, bits: int) -> Method:
 def _lsq(bits: int) -> Method:
     from study_lsq import lsq_model
 
-    return peer(lsq_model, PEER_LR[bits])
+    return peer(lsq_model, LSQ_LR[bits])
 
 
 def _brevitas(bits: int) -> Method:
     from study_brevitas import brevitas_model
 
-    return peer(brevitas_model, PEER_LR[bits])
+    return peer(brevitas_model, BREVITAS_LR[bits])
 
 
 ABLATIONS = (
