@@ -43,7 +43,7 @@ def _tracked(steps: int, tracker: CapacityTracker | None = None) -> CapacityTrac
     tracker = tracker or CapacityTracker()
     gdnsq_fx.finetune(
         _prepared(), _batches(), steps=steps, progress=False, tracker=tracker,
-        validate=lambda _: 0.5, validate_every=7,
+        validate=lambda _: 0.5, validate_every=7, schedule=gdnsq_fx.Schedule(steps),
     )  # fmt: skip
     return tracker
 
@@ -82,7 +82,7 @@ def test_first_met_is_the_first_step_at_the_target() -> None:
     tracker = CapacityTracker()
     gdnsq_fx.finetune(
         qmodel, _batches(), steps=30, progress=False, tracker=tracker, validate=look,
-        validate_every=1,
+        validate_every=1, schedule=gdnsq_fx.Schedule(30),
     )  # fmt: skip
     for edge, step in tracker.first_met.items():
         target = tracker.targets[edge]
