@@ -42,10 +42,14 @@ def new_outcomes(
     with ProcessPoolExecutor(workers, context) as pool:
         jobs = [pool.submit(run, *arguments) for arguments in todo]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
-            outcome: Any = job.result()
-            with kept.open("a") as lines:
-                lines.write(json.dumps(asdict(outcome)) + "\n")
-            yield outcome
+            add_outcome(kept, job.result())
+            yield job.result()
+
+
+def add_outcome(kept: Path, outcome: Any) -> None:
+    """Add a line for one run, a dataclass of plain values."""
+    with kept.open("a") as lines:
+        lines.write(json.dumps(asdict(outcome)) + "\n")
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
