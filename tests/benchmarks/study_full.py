@@ -150,14 +150,8 @@ def run(
             log=folder / "log.csv",
         )
     assert result.metric is not None and result.best_step is not None
-    return Outcome(
-        name_of(given),
-        precision.name,
-        seed,
-        result.metric,
-        (result.best_step + 1) // epoch,
-        time.perf_counter() - started,
-    )
+    seconds, best = time.perf_counter() - started, (result.best_step + 1) // epoch
+    return Outcome(name_of(given), precision.name, seed, result.metric, best, seconds)
 
 
 def name_of(given: argparse.Namespace) -> str:
@@ -212,6 +206,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     given.bits = given.bits.split(",")
     if unknown := [one for one in given.bits if one not in PRECISIONS]:
         parser.error(f"--bits {unknown}: choose from {', '.join(PRECISIONS)}")
+    if given.epochs < 1 or given.seeds < 1:
+        parser.error("--epochs and --seeds must be at least 1")
     return given
 
 
