@@ -26,23 +26,20 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
 from cifar_images import load_cifar
 from resnet20 import trained_resnet20
 from study_methods import Method, Setting, ours, peer
+from study_runs import kept_outcomes, mean_and_spread, new_outcomes
 from tabulate import tabulate
-from tqdm import tqdm
 
 from gdnsq_fx import Schedule
 
@@ -153,34 +150,20 @@ def planned(steps: int, batch: int) -> Iterator[tuple[str, Setting]]:
                 yield name, Setting(bits, seed, steps, batch)
 
 
-def finished(kept: Path) -> list[Outcome]:
-    """Outcomes of runs that were made before."""
-    if not kept.exists():
-        return []
-    return [Outcome(**json.loads(line)) for line in kept.read_text().splitlines()]
-
-
 def measure(
     data: Path, work: Path, steps: int, batch: int, workers: int
 ) -> list[Outcome]:
     """All runs, as many at a time as there are workers."""
     kept = work / "study_short.jsonl"
-    found = finished(kept)
+    found = kept_outcomes(kept, Outcome)
     done = {(o.method, o.bits, o.seed, o.steps, o.batch) for o in found}
     todo = [
-        (name, setting)
+        (name, setting, data, work)
         for name, setting in planned(steps, batch)
         if (name, *asdict(setting).values()) not in done
     ]
     load_cifar(data, work)  # decoded once, before several ask for it
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
-        jobs = [pool.submit(run, name, s, data, work) for name, s in todo]
-        for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
-            outcome = job.result()
-            with kept.open("a") as lines:
-                lines.write(json.dumps(asdict(outcome)) + "\n")
-            found.append(outcome)
+    found += new_outcomes(kept, run, todo, workers)
     return [o for o in found if (o.steps, o.batch) == (steps, batch)]
 
 
@@ -191,7 +174,7 @@ def table(found: Sequence[Outcome], names: Sequence[str], every: Sequence[int]) 
         row = [name]
         for bits in every:
             runs = [o for o in found if (o.method, o.bits) == (name, bits)]
-            row.append(_cell([o.accuracy for o in runs]))
+            row.append(mean_and_spread([o.accuracy for o in runs]))
         mine = [o for o in found if o.method == name]
         row.append(f"{sum(o.met for o in mine)} of {len(mine)}")
         before = {b: [o.mean_bits for o in mine if o.bits == b] for b in every}
@@ -201,13 +184,6 @@ def table(found: Sequence[Outcome], names: Sequence[str], every: Sequence[int]) 
     columns = [f"W{bits}A{bits}" for bits in every]
     headers = ["accuracy %", *columns, "met", "bits before", "seconds"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "not run"
-    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread}"
 
 
 def main() -> None:

@@ -1,0 +1,189 @@
+"""Study C: does learned mixed precision beat uniform bits at equal cost?
+
+    python tests/benchmarks/study_mixed.py --work DIR [--data ../shared/data]
+
+ResNet-20 on CIFAR-10, the loop of Study A (``study_short.py``): same trained network,
+batches, teacher, steps; the first and the last layer in floating point. At the weight
+bytes of uniform W2A2 (activations at most 2 bits) and at the bit operations of uniform
+W3A3:
+
+* uniform: all edges at the same bits;
+* allocate: the bits that `allocate` chose before training, fixed from then on;
+* learned: `finetune` with the budget, from nothing but the training batches;
+* planned: the same, after ``analyze(..., widths=range(1, 9))`` on calibration data.
+
+Accuracy is that on all 10,000 test images. Every method must meet the budget exactly,
+or the run fails. Finished runs are kept in ``DIR``, so that the study goes on where it
+was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+from cifar_images import Augmented, load_cifar
+from mixed_training import METHODS, Case
+from resnet20 import trained_resnet20
+from study_methods import CALIBRATION, REESTIMATED
+from study_runs import kept_outcomes, mean_and_spread, new_outcomes
+from tabulate import tabulate
+
+import gdnsq_fx
+from gdnsq_fx.analysis.cost_model import CostModel
+from gdnsq_fx.demo.seeding import seeded
+
+RESULTS = Path(__file__).parent / "results" / "study_mixed.md"
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+SEEDS = (0, 1, 2)
+CASES = (
+    Case("weight bytes of W2A2", 2, 2, "weight_bytes", act_ceiling=2),
+    Case("BOPs of W3A3", 3, 3, "bops"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: accuracy in percent, share of the budget used, least and most bits."""
+
+    budget: str
+    method: str
+    seed: int
+    steps: int
+    batch: int
+    accuracy: float
+    share: float
+    least: int
+    most: int
+    seconds: float
+
+
+def run(
+    case: Case, method: str, seed: int, steps: int, batch: int, data: Path, work: Path
+) -> Outcome:
+    """One method on one budget and seed, on one thread."""
+    torch.set_num_threads(1)
+    train, test = load_cifar(data, work)
+    teacher = trained_resnet20(data)
+    started = time.perf_counter()
+    calibration = train.first(CALIBRATION).batches(batch)
+    config = gdnsq_fx.QuantConfig(case.weight_bits, case.act_bits, first_last="exclude")
+    qmodel = gdnsq_fx.prepare(teacher, calibration[0], config, calibration)
+    cost = CostModel.of(qmodel)
+    budget = case.budget(cost)
+    if method == "allocate":
+        found = gdnsq_fx.allocate(qmodel, calibration, budget)
+        gdnsq_fx.assign_bits(qmodel, found, calibration)
+    if method == "planned":
+        gdnsq_fx.analyze(qmodel, calibration, widths=range(1, 9))
+    with seeded(seed):
+        result = gdnsq_fx.finetune(
+            qmodel,
+            Augmented(train, batch, seed),
+            steps=steps,
+            teacher=teacher,
+            budget=budget if method in ("learned", "planned") else None,
+            batch_norm_batches=REESTIMATED,
+            progress=False,
+        )
+    seconds = time.perf_counter() - started
+    if not cost.meets(result.bits, budget):
+        raise RuntimeError(f"{method} missed {budget}: {cost.costs(result.bits)}")
+    return Outcome(
+        case.name,
+        method,
+        seed,
+        steps,
+        batch,
+        accuracy=test.accuracy(qmodel),
+        share=cost.costs(result.bits)[case.bound] / budget.bounds[case.bound],
+        least=min(result.target_bits.values()),
+        most=max(result.target_bits.values()),
+        seconds=seconds,
+    )
+
+
+def planned() -> Iterator[tuple[Case, str, int]]:
+    """Every run, one seed of all first."""
+    for seed in SEEDS:
+        for case in CASES:
+            for method in METHODS:
+                yield case, method, seed
+
+
+def measure(
+    data: Path, work: Path, steps: int, batch: int, workers: int
+) -> list[Outcome]:
+    """All runs, as many at a time as there are workers."""
+    kept = work / "study_mixed.jsonl"
+    found = kept_outcomes(kept, Outcome)
+    done = {(o.budget, o.method, o.seed, o.steps, o.batch) for o in found}
+    todo = [
+        (case, method, seed, steps, batch, data, work)
+        for case, method, seed in planned()
+        if (case.name, method, seed, steps, batch) not in done
+    ]
+    load_cifar(data, work)  # decoded once, before several ask for it
+    found += new_outcomes(kept, run, todo, workers)
+    return [o for o in found if (o.steps, o.batch) == (steps, batch)]
+
+
+def table(found: Sequence[Outcome]) -> str:
+    """Markdown, one row for each budget and method."""
+    rows = []
+    for case in CASES:
+        for method in METHODS:
+            runs = [o for o in found if (o.budget, o.method) == (case.name, method)]
+            runs.sort(key=lambda outcome: outcome.seed)
+            rows.append((case.name, method, *_cells(runs)))
+    headers = (
+        "budget", "method", "accuracy %", "each seed", "budget used, at most", "bits",
+        "seconds",
+    )  # fmt: skip
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _cells(runs: Sequence[Outcome]) -> tuple[str, ...]:
+    if not runs:
+        return ("not run", "", "", "", "")
+    return (
+        mean_and_spread([o.accuracy for o in runs]),
+        " ".join(f"{o.accuracy:.2f}" for o in runs),
+        f"{max(o.share for o in runs):.1%}",
+        f"{min(o.least for o in runs)} to {max(o.most for o in runs)}",
+        f"{mean(o.seconds for o in runs):.0f}",
+    )
+
+
+def main() -> None:
+    """Run what is missing, print and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=DATA, help="CIFAR-10 and weights")
+    parser.add_argument("--work", type=Path, required=True, help="keeps images, runs")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    found = measure(given.data, given.work, given.steps, given.batch, given.workers)
+    _, test = load_cifar(given.data, given.work)
+    reference = test.accuracy(trained_resnet20(given.data))
+    text = (
+        f"ResNet-20, {given.steps} steps of {given.batch} images, {len(SEEDS)} seeds, "
+        f"mean ± standard deviation; floating point {reference:.2f} %\n\n"
+        f"{table(found)}\n"
+    )
+    print(text)
+    RESULTS.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The full study runs from end to end on small folders of generated images."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("tabulate")
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    return importlib.import_module("study_full")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 8 images, dark and bright noise."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "test"):
+        for label in range(2):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(8):
+                noise = torch.randint(128, (36 * 40 * 3,), generator=generator)
+                pixels = bytes((noise + 127 * label).tolist())
+                image = Image.frombytes("RGB", (40, 36), pixels)
+                image.save(folder / f"{number}.png")
+    return root
+
+
+def _arguments(folders: Path, work: Path, *more: str) -> list[str]:
+    return [
+        *("--data", str(folders), "--work", str(work), "--epochs", "1"),
+        *("--seeds", "1", "--workers", "0", "--results", str(work / "table.md")),
+        *more,
+    ]
+
+
+def test_every_row_of_the_full_study(
+    study: ModuleType, folders: Path, tmp_path: Path
+) -> None:
+    arguments = _arguments(folders, tmp_path, "--batch", "8")
+    study.main(arguments)
+    text = (tmp_path / "table.md").read_text()
+    for name, reference in (
+        *(("W4A4", "-0.04"), ("W3A3", "-0.3"), ("W2A2", "-1.4"), ("W1A1", "-6.3")),
+        ("W1A16", "-0.7 (W1A32)"),
+    ):
+        (line,) = [row for row in text.splitlines() if row.startswith(f"| {name} ")]
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert 0.0 <= float(cells[1]) <= 100.0
+        assert cells[3] == reference and cells[4] == "1"
+    logs = sorted(tmp_path.glob("*/log.csv"))
+    assert len(logs) == 5
+    assert all(len(log.read_text().splitlines()) == 3 for log in logs)  # 2 steps
+    lines = (tmp_path / "study_full.jsonl").read_text()
+    study.main(arguments)  # all is done: nothing runs again
+    assert (tmp_path / "study_full.jsonl").read_text() == lines
+    assert (tmp_path / "table.md").read_text() == text
+
+
+def test_the_full_study_takes_resnet18(
+    study: ModuleType, folders: Path, tmp_path: Path
+) -> None:
+    more = ("--network", "resnet18", "--pixels", "32", "--bits", "2")
+    study.main(_arguments(folders, tmp_path, *more))
+    assert "| W2A2 " in (tmp_path / "table.md").read_text()
+
+
+def test_weights_of_other_classes_are_refused(
+    study: ModuleType, folders: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file(study.NETWORKS["resnet20"].make(10).state_dict(), tmp_path / "ten.st")
+    arguments = _arguments(folders, tmp_path, "--weights", str(tmp_path / "ten.st"))
+    with pytest.raises(ValueError, match=r"ten\.st does not fit resnet20 with the 2"):
+        study.main(arguments)
+
+
+def test_folders_of_other_classes_are_refused(
+    study: ModuleType, folders: Path, tmp_path: Path
+) -> None:
+    for part, names in (("train", "ab"), ("val", "ac")):
+        for name in names:
+            target = tmp_path / part / name
+            target.mkdir(parents=True)
+            image = folders / "train" / "class0" / "0.png"
+            (target / "0.png").write_bytes(image.read_bytes())
+    with pytest.raises(ValueError, match=r"different classes.*\['b', 'c'\]"):
+        study.main(_arguments(tmp_path, tmp_path))
+
+
+def test_a_missing_folder_is_named(study: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder train"):
+        study.main(_arguments(tmp_path, tmp_path))
