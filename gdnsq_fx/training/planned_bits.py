@@ -222,7 +222,8 @@ class PlannedBits:
 def _move(edge: Edge, before: int, bits: int) -> None:
     """Other levels for another width; fewer for a weight are left to the projection."""
     if isinstance(edge, WeightSite):
-        raise_edge(edge, float(max(bits - before, 0)))
+        if bits > before:
+            raise_edge(edge, math.log2((2.0**bits - 1.0) / (2.0**before - 1.0)))
     elif bits != before:
         edge.quantizer.change_width(bits)
 
