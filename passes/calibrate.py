@@ -110,6 +110,7 @@ class Calibrate(Pass):
         for site in sites:
             if site.edge not in masks:
                 observers[site.edge].place(site.quantizer)
+                observers[site.edge].note_shares(site.quantizer)
         return masks
 
     def _observe_elsewhere(

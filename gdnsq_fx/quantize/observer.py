@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -110,26 +110,43 @@ class Observer:
         quantizer.observed.copy_(torch.tensor([self.low, self.high]))
         low = 0.0 if quantizer.nonnegative else self.low
         bits = quantizer.spec.bits
-        shrink = self._best_shrink(low, self.high, bits)
+        (shrink,) = self._best_shrinks(low, self.high, [bits])
         quantizer.cover(low * shrink, self.high * shrink, bits)
 
-    def _best_shrink(self, low: float, high: float, bits: int) -> float:
-        """Share of the full range with the least mean squared error on the sample.
+    def note_shares(self, quantizer: ActivationQuantizer) -> None:
+        """Note where the levels would lie at other widths (`change_width` uses it)."""
+        low = 0.0 if quantizer.nonnegative else self.low
+        widths = range(1, len(quantizer.shares) + 1)
+        shares = self._best_shrinks(low, self.high, widths)
+        quantizer.shares.copy_(torch.tensor(shares))
+
+    def _best_shrinks(
+        self, low: float, high: float, widths: Sequence[int]
+    ) -> list[float]:
+        """Share of the full range with the least mean squared error, for each width.
 
         From 13 bits on it is 1: to cut the extreme of n = 2^16 values off by 1/64 of
         the range R costs (R/64)^2 / n, which is more than the whole rounding error
         (R/2^bits)^2 / 12.
         """
-        if not high > low or bits > MOST_BITS:
-            return 1.0
+        if not high > low or min(widths) > MOST_BITS:
+            return [1.0] * len(widths)
         values = self._sample.sort().values.double()
-        shares = torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES, device=values.device)
-        codes = torch.linspace(0.0, 1.0, 2**bits, device=values.device).double()
-        levels = (low + (high - low) * codes) * shares.double()[:, None]
-        errors = _squared_errors(values, levels)
-        # The first of equals is the widest; sums of squares are equal to rounding.
-        equal = errors <= errors.min() + 1e-12 * values.square().sum()
-        return float(shares[equal.float().argmax()])
+        return [
+            _best_shrink(values, low, high, b) if b <= MOST_BITS else 1.0
+            for b in widths
+        ]
+
+
+def _best_shrink(values: Tensor, low: float, high: float, bits: int) -> float:
+    """The best share on ascending values; 2^bits levels."""
+    shares = torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES, device=values.device)
+    codes = torch.linspace(0.0, 1.0, 2**bits, device=values.device).double()
+    levels = (low + (high - low) * codes) * shares.double()[:, None]
+    errors = _squared_errors(values, levels)
+    # The first of equals is the widest; sums of squares are equal to rounding.
+    equal = errors <= errors.min() + 1e-12 * values.square().sum()
+    return float(shares[equal.float().argmax()])
 
 
 def _squared_errors(values: Tensor, levels: Tensor) -> Tensor:

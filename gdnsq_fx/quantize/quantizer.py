@@ -36,6 +36,8 @@ from gdnsq_fx.spec import QuantSpec
 
 # What float rounding may add to the capacity of a projected quantizer, in bits.
 CAPACITY_TOLERANCE = 1e-4
+# Widths for which calibration notes where the levels of an activation would lie.
+PLACED_BITS = 8
 
 
 class Quantizer(nn.Module, ABC):
@@ -96,11 +98,14 @@ class ActivationQuantizer(Quantizer):
     """One clamped quantizer for a whole tensor.
 
     Learns ``log2_step``, ``log2_range`` and, unless ``nonnegative``, ``lower``. The
-    buffers ``observed`` hold the least and the largest value met in calibration.
+    buffers ``observed`` hold the least and the largest value met in calibration, and
+    ``shares`` the share of them that 1, 2, ... bits quantize with the least squared
+    error (not in ``state_dict()``: 1 until calibrated).
     Capacity is log2(q/s) bits per element (arXiv 2508.14004).
     """
 
     observed: Tensor
+    shares: Tensor
     lower: Tensor
 
     def __init__(self, edge: str, spec: QuantSpec, *, nonnegative: bool) -> None:
@@ -113,6 +118,7 @@ class ActivationQuantizer(Quantizer):
         else:
             self.lower = nn.Parameter(torch.tensor(math.nan))
         self.register_buffer("observed", torch.tensor([math.inf, -math.inf]))
+        self.register_buffer("shares", torch.ones(PLACED_BITS), persistent=False)
 
     @property
     def range(self) -> Tensor:
@@ -193,6 +199,23 @@ class ActivationQuantizer(Quantizer):
             low = float(self.offset.detach())
             high = low + float((self.range - self.step).detach())
         self.cover(low, high, bits)
+
+    @torch.no_grad()
+    def change_width(self, bits: int) -> None:
+        """Place ``bits`` anew where they do best, judged from where the levels lie now.
+
+        What the levels span changes as much as, in calibration, the span of least
+        squared error changed from the width that they have to this one.
+        """
+        self._require_calibration()
+        now = max(round(float(self.capacity())), 1)
+        factor = self._share(bits) / self._share(now)
+        low = float(self.offset)
+        high = low + float(self.range - self.step)
+        self.cover(low * factor, high * factor, bits)
+
+    def _share(self, bits: int) -> float:
+        return float(self.shares[bits - 1]) if bits <= PLACED_BITS else 1.0
 
 
 class WeightQuantizer(Quantizer):

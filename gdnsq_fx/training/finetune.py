@@ -100,7 +100,7 @@ def finetune(
         validate: ``(model) -> metric``, called in evaluation mode at the end.
         validate_every: also call it every so many steps.
         schedule: how bits and rates go down; by default bits start at their targets
-            (see ``recipe.py``), or with a ``budget`` come down from 8.
+            (see ``recipe.py``), or with a ``budget`` at a plan of them.
         lr: learning rate of weights (Adam); by default 3e-3, 1e-3 or 3e-4, where the
             lowest target is 1, 2 or more bits, and 1e-3 with a ``budget``. Quantizers
             have their own (see `Schedule`).
@@ -108,7 +108,8 @@ def finetune(
         progress: show a progress bar.
         tracker: notes the capacity of every edge through the run.
         budget: learn the bits of every edge, 1 to 8, within these bounds on the whole
-            model, instead of the targets that ``qmodel`` has (see `LearnedBits`).
+            model, instead of the targets that ``qmodel`` has: from a plan (see
+            `PlannedBits`), or coming down if the schedule starts above (`LearnedBits`).
         checkpoint: folder that keeps the last two states of the run (see
             ``checkpoint_folder.py``). On SIGTERM the step is finished and saved before
             the signal acts.
@@ -154,7 +155,7 @@ def finetune(
     engine = engine_for(accelerator, shard=shard)
     group = engine.group
     learned = budget is not None
-    schedule = schedule or default_schedule(steps, learned_bits=learned)
+    schedule = schedule or default_schedule(steps)
     if best is not None and validate is None:
         raise ConfigError("best needs validate, the metric that is compared")
     _check_goal(schedule, steps, task_loss, distillation)

@@ -95,7 +95,8 @@ class LearnedBits:
         memory = MEMORY * schedule.descent_steps
         self._sensitivity = Sensitivity(len(self._edges), memory)
         self.is_whole = False
-        self._plan = self._whole_bits(_predicted(graph_module) or self._learned())
+        first = predicted_divergences(graph_module) or self._learned()
+        self._plan = self._whole_bits(first)
         assign_targets(graph_module, self._plan)
 
     @property
@@ -245,8 +246,8 @@ def costs_within(graph_module: GraphModule, budget: Budget) -> dict[str, float]:
     return costs
 
 
-def _predicted(graph_module: GraphModule) -> Divergences | None:
-    """What the last analysis predicted, where it did so for every width."""
+def predicted_divergences(graph_module: GraphModule) -> Divergences | None:
+    """What the last analysis predicted, None where not for every width in `WIDTHS`."""
     found: dict[str, Mapping[int, float]] = {}
     for site in sites(graph_module):
         edge = facts(site.node).edge

@@ -27,8 +27,8 @@ seeds of the outcome; differences below 2 points are within the spread of seeds)
 
 So a run of few hundred steps has no steps to spare for bits that it will not keep: it
 starts at its target, from levels of least squared error. Longer runs may come down from
-`Schedule(steps, start_bits=8)`, as the paper does over tens of thousands of steps; bits
-that are learned within a `Budget` have to.
+`Schedule(steps, start_bits=8)`, as the paper does over tens of thousands of steps. Bits
+within a `Budget` start at a plan of them for the same reason (``planned_bits.py``).
 """
 
 from __future__ import annotations
@@ -45,14 +45,9 @@ LR_OF = {1: 3e-3, 2: 1e-3}
 LR_ABOVE = 3e-4
 
 
-def default_schedule(steps: int, *, learned_bits: bool) -> Schedule:
-    """Start at the targets; where bits are to be learned, come down to them.
-
-    Args:
-        steps: optimizer steps.
-        learned_bits: the bits are found within a budget.
-    """
-    return Schedule(steps) if learned_bits else Schedule(steps, start_bits=1.0)
+def default_schedule(steps: int) -> Schedule:
+    """Start at the targets, or at a plan of them where there is a `Budget`."""
+    return Schedule(steps, start_bits=1.0)
 
 
 def default_rate(qmodel: GraphModule, *, learned_bits: bool) -> float:

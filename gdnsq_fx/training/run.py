@@ -22,6 +22,7 @@ from gdnsq_fx.training.ema import Average
 from gdnsq_fx.training.engine import Engine, SingleProcess
 from gdnsq_fx.training.learned_bits import LearnedBits
 from gdnsq_fx.training.parameter_groups import parameter_groups
+from gdnsq_fx.training.planned_bits import PlannedBits
 from gdnsq_fx.training.process_group import ProcessGroup
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
@@ -318,8 +319,9 @@ def constraint_for(
     budget: object,
     schedule: Schedule,
     group: ProcessGroup | None = None,
-) -> Constraint | LearnedBits:
-    """Fixed targets, or bits that are learned within a `Budget`.
+) -> Constraint | LearnedBits | PlannedBits:
+    """Fixed targets, or bits that are found within a `Budget`: from a plan where the
+    schedule starts at its targets, else coming down.
 
     Raises:
         BudgetError: no bits meet it. ConfigError: it is none.
@@ -331,4 +333,5 @@ def constraint_for(
             f"budget must be a Budget, got {budget!r}; write "
             "gdnsq_fx.Budget(weight_bytes=...)"
         )
-    return LearnedBits(qmodel, budget, schedule, group)
+    kind = PlannedBits if schedule.start_bits <= 1.0 else LearnedBits
+    return kind(qmodel, budget, schedule, group)

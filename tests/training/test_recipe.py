@@ -28,16 +28,10 @@ def test_rate_by_the_lowest_target(bits: int, rate: float) -> None:
 
 
 def test_fixed_targets_are_held_from_the_first_step() -> None:
-    schedule = default_schedule(100, learned_bits=False)
+    schedule = default_schedule(100)
     assert {schedule.cap(step, 2) for step in range(100)} == {2.0}
     qmodel = _prepared(2)
     x = torch.randn(32, 6)
     result = gdnsq_fx.finetune(qmodel, [x], steps=5, progress=False)
     assert all(record.mean_bits <= 2.0 + 1e-4 for record in result.history)
     assert set(hard_bits(qmodel).values()) == {2}
-
-
-def test_learned_bits_come_down() -> None:
-    schedule = default_schedule(100, learned_bits=True)
-    assert schedule.cap(0, 2) > 7.0
-    assert schedule.cap(99, 2) == 2.0

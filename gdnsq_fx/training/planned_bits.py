@@ -1,0 +1,232 @@
+"""A budget for the whole model, from whole bits that meet it from the first step on.
+
+    cost  budget --------------------|----------------- budget
+          |<- a plan, bits weighed ->|<- the final plan: hold, anneal ->|
+
+A run of few hundred steps has none to spare for bits that it will not keep
+(``recipe.py``). So it starts at a plan: whole bits within every bound, by an integer
+programme, each edge at levels of least squared error for its width. The plan is made
+from what `analyze(..., widths=range(1, 9))` predicted before, D_e(b), or else with bits
+worth what they cost, which is as uniform as whole bits can be.
+
+Until half of the descent the gradients tell what bits are worth where the network is
+now (`Sensitivity`), a_e 4^-b. Then the plan is made anew, once: from the gradients
+alone where nothing was predicted, else with the level of each prediction moved half-way
+(in logarithms) to that of the gradients. Their noise must not undo a good plan, so the
+new one counts only where its loss is at most `CLEARLY` times that of the old one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from gdnsq_fx.analysis.allocation import Divergences, best_allocation
+from gdnsq_fx.analysis.continuous_cost import ContinuousCost
+from gdnsq_fx.analysis.cost_model import CostModel
+from gdnsq_fx.budget import Budget
+from gdnsq_fx.sites import WeightSite, assign_targets, hard_bits, sites, weight_sites
+from gdnsq_fx.training.clip_weights import clip_outliers
+from gdnsq_fx.training.constraint import Cap, Constraint
+from gdnsq_fx.training.edges import Edge, mean_capacities, raise_edge, slope
+from gdnsq_fx.training.learned_bits import MEMORY, WIDTHS, predicted_divergences
+from gdnsq_fx.training.process_group import ProcessGroup
+from gdnsq_fx.training.schedule import Schedule
+from gdnsq_fx.training.sensitivity import Sensitivity
+
+# Bits at which edges without predictions are priced; bit operations are products.
+EVERYWHERE = 3.0
+# Of an edge that costs nothing within a budget, as a share of the largest price.
+LEAST_PRICE = 1e-6
+# Share of the descent after which the plan is made anew.
+REVISED_AT = 0.5
+CLEARLY = 0.75
+
+
+class PlannedBits:
+    """The constraint of a global budget; what `Constraint` is to fixed targets.
+
+    Args:
+        graph_module: a prepared model; quantizers and their targets change in place.
+        budget: what must not be exceeded.
+        schedule: its descent says until when the plan may change.
+        group: processes that train the model, for which the main one decides.
+
+    Attributes:
+        is_final: the plan does not change any more.
+
+    Raises:
+        BudgetError: no whole bits meet the budget; the model is left as it was.
+    """
+
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        budget: Budget,
+        schedule: Schedule,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        self._graph_module = graph_module
+        self._group = group or ProcessGroup()
+        self._budget = budget
+        self._model = CostModel.of(graph_module)
+        by_name = {site.edge: site for site in sites(graph_module)}
+        self._edges = [by_name[name] for name in self._model.edges]
+        self._fixed = Constraint(graph_module)
+        self._before = self._fixed.targets
+        self._revised_at = max(round(REVISED_AT * schedule.descent_steps), 1)
+        self._sensitivity = Sensitivity(
+            len(self._edges), MEMORY * schedule.descent_steps
+        )
+        self._seen = 0
+        self.is_final = False
+        self._predicted = predicted_divergences(graph_module)
+        assign_targets(graph_module, self._planned(self._predicted or self._alike()))
+
+    @property
+    def targets(self) -> dict[str, int]:
+        """Target bit-width of every edge by the plan so far."""
+        return self._fixed.targets
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """As `Constraint.observe_loss`."""
+        self._fixed.observe_loss(loss)
+
+    def penalty(self, growth: float) -> Tensor:
+        """As `Constraint.penalty`."""
+        return self._fixed.penalty(growth)
+
+    @torch.no_grad()
+    def observe_gradients(self) -> None:
+        """Learn what bits are worth from the gradients of the loss alone; call after
+        its backward, before that of the penalty."""
+        if self.is_final:
+            return
+        slopes = torch.stack([slope(edge) for edge in self._edges])
+        self._sensitivity.observe(slopes, mean_capacities(self._edges))
+        self._seen += 1
+
+    def align_gradients(self, cap: Cap) -> None:
+        """As `Constraint.align_gradients`."""
+        self._fixed.align_gradients(cap)
+
+    @torch.no_grad()
+    def project(self, cap: Cap) -> None:
+        """Make the plan anew where that is due, and bring every capacity to it.
+
+        Args:
+            cap: target -> bits that an edge with this target may have by now.
+        """
+        if not self.is_final and self._seen >= self._revised_at:
+            self._revise()
+        self._fixed.project(cap)
+
+    @torch.no_grad()
+    def open_to(self, bits: float) -> None:
+        """Place the levels of edges whose width the plan changes; clip outliers."""
+        del bits  # at most that of the plan: see `constraint_for`
+        targets = self.targets
+        for edge in self._edges:
+            if targets[edge.edge] == self._before[edge.edge]:
+                continue
+            if isinstance(edge, WeightSite):
+                edge.quantizer.open_to(edge.weight(), targets[edge.edge])
+            else:
+                edge.quantizer.change_width(targets[edge.edge])
+        clip_outliers(weight_sites(self._graph_module), 1.0)
+
+    def undo(self) -> None:
+        """Give every edge the target back that it had before."""
+        assign_targets(self._graph_module, self._before)
+
+    def mean_capacity(self) -> float:
+        """As `Constraint.mean_capacity`."""
+        return self._fixed.mean_capacity()
+
+    def violations(self) -> dict[str, tuple[int, int]]:
+        """As `Constraint.violations`; before the plan is final, every edge, so that no
+        state is kept as the best whose bits are not those of the end."""
+        if self.is_final:
+            return self._fixed.violations()
+        bits, targets = hard_bits(self._graph_module), self.targets
+        return {edge: (bits[edge], targets[edge]) for edge in bits}
+
+    def state(self) -> dict[str, Tensor]:
+        """What the steps to come depend on, beside the model; as copies."""
+        targets = self.targets
+        return {
+            **self._sensitivity.state(),
+            "targets": torch.tensor([targets[name] for name in self._model.edges]),
+            "seen": torch.tensor(self._seen),
+            "is_final": torch.tensor(self.is_final),
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken."""
+        self._sensitivity.load_state(state)
+        targets = state["targets"].tolist()
+        assign_targets(
+            self._graph_module, dict(zip(self._model.edges, targets, strict=True))
+        )
+        self._seen = int(state["seen"])
+        self.is_final = bool(state["is_final"])
+
+    def _planned(self, divergences: Divergences) -> dict[str, int]:
+        return self._group.on_main(
+            lambda: dict(best_allocation(divergences, self._model, self._budget).bits)
+        )
+
+    def _alike(self) -> Divergences:
+        """What asks for the same bits everywhere: worth as much as they cost."""
+        cost = ContinuousCost(self._model)
+        bits = torch.full((len(self._edges),), EVERYWHERE, dtype=torch.float64)
+        price = torch.zeros_like(bits)
+        for name, bound in self._budget.totals.items():
+            price += cost.marginal(name, bits) / bound
+        price = price.clamp(min=LEAST_PRICE * float(price.max()) or 1.0)
+        return {
+            name: {b: float(one) * 4.0**-b for b in WIDTHS}
+            for name, one in zip(self._model.edges, price, strict=True)
+        }
+
+    def _revise(self) -> None:
+        """Make the plan anew, and move the edges that it gives other bits."""
+        self.is_final = True
+        now, weighed = self.targets, self._weighed()
+        chosen = self._planned(weighed)
+        if _total(weighed, chosen) > CLEARLY * _total(weighed, now):
+            return
+        assign_targets(self._graph_module, chosen)
+        for edge in self._edges:
+            _move(edge, now[edge.edge], chosen[edge.edge])
+
+    def _weighed(self) -> Divergences:
+        """What each edge costs at each width, by the gradients and the prediction."""
+        found = self._sensitivity.values().tolist()
+        levels = dict(zip(self._model.edges, found, strict=True))
+        if self._predicted is None:
+            return {e: {b: a * 4.0**-b for b in WIDTHS} for e, a in levels.items()}
+        weighed: dict[str, dict[int, float]] = {}
+        for edge, bits in self.targets.items():
+            at = self._predicted[edge]
+            by_gradients = levels[edge] * 4.0**-bits
+            factor = math.sqrt(by_gradients / at[bits]) if at[bits] > 0.0 else 1.0
+            weighed[edge] = {b: d * factor for b, d in at.items()}
+        return weighed
+
+
+def _move(edge: Edge, before: int, bits: int) -> None:
+    """Other levels for another width; fewer for a weight are left to the projection."""
+    if isinstance(edge, WeightSite):
+        if bits > before:
+            raise_edge(edge, math.log2((2.0**bits - 1.0) / (2.0**before - 1.0)))
+    elif bits != before:
+        edge.quantizer.change_width(bits)
+
+
+def _total(divergences: Divergences, bits: Mapping[str, int]) -> float:
+    return sum(divergences[edge][width] for edge, width in bits.items())
