@@ -91,14 +91,14 @@ class Activations(SideBySide):
         ]
         if not learning:
             return
-        steps = [q.log2_step for q in learning]
-        ranges = [q.log2_range for q in learning]
+        steps: list[Tensor] = [q.log2_step for q in learning]
+        ranges: list[Tensor] = [q.log2_range for q in learning]
         at_cap = torch.stack(ranges) - torch.stack(steps) >= cap - EPSILON
         gradients = [[_gradient(p) for p in steps], [_gradient(p) for p in ranges]]
         by_step, by_range = (torch.stack(one) for one in gradients)
         along = (by_step + by_range) / 2
         for own, into in zip((by_step, by_range), gradients, strict=True):
-            torch._foreach_copy_(into, torch.where(at_cap, along, own).unbind())
+            _copy(into, torch.where(at_cap, along, own).unbind())
 
     def _steps(self) -> Tensor:
         return torch.stack([q.log2_step for q in self._quantizers])
