@@ -32,8 +32,10 @@ from gdnsq_fx.passes import (
     AnalyzeCapacity,
     AssignBits,
     Calibrate,
+    FoldIntoScales,
     FreezeQuantizers,
     LowerToInteger,
+    LowerToQdq,
     release_masks,
     run_passes,
 )
@@ -46,6 +48,8 @@ from gdnsq_fx.preparation import (
 from gdnsq_fx.sites import require_quantizers
 from gdnsq_fx.spec import QuantConfig
 from gdnsq_fx.state import is_on_meta
+
+_DEPLOYABLE = (FoldIntoScales(), LowerToQdq())
 
 
 def prepare(
@@ -200,12 +204,20 @@ def assign_bits(
     return run_passes(qmodel, (AssignBits(chosen), Calibrate(calibration, inputs)))
 
 
-def convert(qmodel: GraphModule) -> GraphModule:
+def convert(qmodel: GraphModule, *, deployable: bool = False) -> GraphModule:
     """Freeze to whole levels and emit the integer graph; ``qmodel`` is left as it was.
+
+    Args:
+        qmodel: a prepared model.
+        deployable: emit the form that integer kernels run: BatchNorm is folded into
+            scales, offsets and biases move to grids that kernels have, operations are
+            those that exporters and compilers know (``passes/lower_to_qdq.py``).
+            ``gdnsq_fx.deploy.qdq.deploy_facts`` says which levels moved, and how far.
 
     Returns:
         A plain GraphModule in evaluation mode with integer weights, that computes
-        exactly what the fine-tuned model computes in evaluation.
+        exactly what the fine-tuned model computes in evaluation (but see
+        ``deployable``).
 
     Raises:
         PassError: not a prepared model, or not calibrated.
@@ -213,7 +225,8 @@ def convert(qmodel: GraphModule) -> GraphModule:
     model_facts(qmodel)
     require_quantizers(qmodel, "convert")
     frozen = copy.deepcopy(qmodel).eval()
-    return run_passes(frozen, (FreezeQuantizers(), LowerToInteger()))
+    imodel = run_passes(frozen, (FreezeQuantizers(), LowerToInteger()))
+    return run_passes(imodel, _DEPLOYABLE) if deployable else imodel
 
 
 def save(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
