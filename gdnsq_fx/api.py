@@ -18,6 +18,8 @@ from gdnsq_fx.analysis.report import CapacityReport, build_report, divergences_a
 from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.deploy import checkpoint
+from gdnsq_fx.deploy.onnx import write_onnx
+from gdnsq_fx.deploy.qdq import is_deployable
 from gdnsq_fx.errors import (
     ConfigError,
     NothingToQuantizeError,
@@ -243,6 +245,30 @@ def save(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
         PassError: not a converted model.
     """
     return checkpoint.write(imodel, path)
+
+
+def export(
+    imodel: GraphModule, path: str | os.PathLike[str], example_input: ExampleInput
+) -> int:
+    """Write a converted model as ONNX: quantize / dequantize nodes, opset 21.
+
+    Args:
+        imodel: what `convert` or `load` returned, in either form; left as it was.
+        path: file to write.
+        example_input: as for `prepare`, with two samples or more; the file takes
+            batches of any size.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        PassError: not a converted model. MissingExtraError: install gdnsq-fx[onnx].
+    """
+    model = copy.deepcopy(imodel).eval()
+    if not is_deployable(model):
+        model = run_passes(model, _DEPLOYABLE)
+    args, kwargs = InputStructure.of(example_input).args_kwargs(example_input)
+    return write_onnx(model, path, args, kwargs)
 
 
 def load(

@@ -28,7 +28,8 @@ def snap_biases(owner: GraphModule) -> None:
         if op is None:
             continue
         bound = op.bind(node)
-        value, weight = bound.get("input"), bound.get("weight")
+        value: Any = bound.get("input")
+        weight: Any = bound.get("weight")
         bias = bound.get("bias")
         if not isinstance(bias, Node) or bias.op != "get_attr":
             continue
