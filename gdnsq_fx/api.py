@@ -18,6 +18,8 @@ from gdnsq_fx.analysis.report import CapacityReport, build_report, divergences_a
 from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.deploy import checkpoint
+from gdnsq_fx.deploy.onnx import write_onnx
+from gdnsq_fx.deploy.qdq import is_deployable
 from gdnsq_fx.errors import (
     ConfigError,
     NothingToQuantizeError,
@@ -32,8 +34,10 @@ from gdnsq_fx.passes import (
     AnalyzeCapacity,
     AssignBits,
     Calibrate,
+    FoldIntoScales,
     FreezeQuantizers,
     LowerToInteger,
+    LowerToQdq,
     release_masks,
     run_passes,
 )
@@ -46,6 +50,8 @@ from gdnsq_fx.preparation import (
 from gdnsq_fx.sites import require_quantizers
 from gdnsq_fx.spec import QuantConfig
 from gdnsq_fx.state import is_on_meta
+
+_DEPLOYABLE = (FoldIntoScales(), LowerToQdq())
 
 
 def prepare(
@@ -200,12 +206,20 @@ def assign_bits(
     return run_passes(qmodel, (AssignBits(chosen), Calibrate(calibration, inputs)))
 
 
-def convert(qmodel: GraphModule) -> GraphModule:
+def convert(qmodel: GraphModule, *, deployable: bool = False) -> GraphModule:
     """Freeze to whole levels and emit the integer graph; ``qmodel`` is left as it was.
+
+    Args:
+        qmodel: a prepared model.
+        deployable: emit the form that integer kernels run: BatchNorm is folded into
+            scales, offsets and biases move to grids that kernels have, operations are
+            those that exporters and compilers know (``passes/lower_to_qdq.py``).
+            ``gdnsq_fx.deploy.qdq.deploy_facts`` says which levels moved, and how far.
 
     Returns:
         A plain GraphModule in evaluation mode with integer weights, that computes
-        exactly what the fine-tuned model computes in evaluation.
+        exactly what the fine-tuned model computes in evaluation (but see
+        ``deployable``).
 
     Raises:
         PassError: not a prepared model, or not calibrated.
@@ -213,7 +227,8 @@ def convert(qmodel: GraphModule) -> GraphModule:
     model_facts(qmodel)
     require_quantizers(qmodel, "convert")
     frozen = copy.deepcopy(qmodel).eval()
-    return run_passes(frozen, (FreezeQuantizers(), LowerToInteger()))
+    imodel = run_passes(frozen, (FreezeQuantizers(), LowerToInteger()))
+    return run_passes(imodel, _DEPLOYABLE) if deployable else imodel
 
 
 def save(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
@@ -230,6 +245,30 @@ def save(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
         PassError: not a converted model.
     """
     return checkpoint.write(imodel, path)
+
+
+def export(
+    imodel: GraphModule, path: str | os.PathLike[str], example_input: ExampleInput
+) -> int:
+    """Write a converted model as ONNX: quantize / dequantize nodes, opset 21.
+
+    Args:
+        imodel: what `convert` or `load` returned, in either form; left as it was.
+        path: file to write.
+        example_input: as for `prepare`, with two samples or more; the file takes
+            batches of any size.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        PassError: not a converted model. MissingExtraError: install gdnsq-fx[onnx].
+    """
+    model = copy.deepcopy(imodel).eval()
+    if not is_deployable(model):
+        model = run_passes(model, _DEPLOYABLE)
+    args, kwargs = InputStructure.of(example_input).args_kwargs(example_input)
+    return write_onnx(model, path, args, kwargs)
 
 
 def load(

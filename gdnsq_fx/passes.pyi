@@ -10,9 +10,11 @@ from passes import AssignBits as AssignBits
 from passes import Calibrate as Calibrate
 from passes import ExposeWeights as ExposeWeights
 from passes import FoldBatchNorm as FoldBatchNorm
+from passes import FoldIntoScales as FoldIntoScales
 from passes import FreezeQuantizers as FreezeQuantizers
 from passes import InsertQuantizers as InsertQuantizers
 from passes import LowerToInteger as LowerToInteger
+from passes import LowerToQdq as LowerToQdq
 from passes import Pass as Pass
 from passes import PropagateShapes as PropagateShapes
 from passes import release_masks as release_masks

@@ -83,6 +83,13 @@ def attribute(owner: nn.Module, path: str) -> Any:
     return getattr(owner.get_submodule(prefix), name)
 
 
+def stored_name(node: Node, position: int) -> str:
+    """Name of the stored tensor that a node reads as an argument."""
+    source = node.args[position]
+    assert isinstance(source, Node) and source.op == "get_attr"
+    return str(source.target)
+
+
 def _is_fixed(node: Node, owner: GraphModule, fixed: set[Node]) -> bool:
     if not fixed.issuperset(node.all_input_nodes):
         return False

@@ -20,9 +20,11 @@ from .assign_bits import AssignBits
 from .calibrate import Calibrate
 from .expose_weights import ExposeWeights
 from .fold_batch_norm import FoldBatchNorm
+from .fold_into_scales import FoldIntoScales
 from .freeze_quantizers import FreezeQuantizers
 from .insert_quantizers import InsertQuantizers
 from .lower_to_integer import LowerToInteger
+from .lower_to_qdq import LowerToQdq
 from .propagate_shapes import PropagateShapes
 
 __all__ = [
@@ -32,9 +34,11 @@ __all__ = [
     "Calibrate",
     "ExposeWeights",
     "FoldBatchNorm",
+    "FoldIntoScales",
     "FreezeQuantizers",
     "InsertQuantizers",
     "LowerToInteger",
+    "LowerToQdq",
     "Pass",
     "PropagateShapes",
     "release_masks",

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from gdnsq_fx.annotations import annotate, compute_nodes, facts
-from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.opinfo import OpInfo
 
-from ._base import Pass, has_hooks, rewrite_each
+from ._base import Pass, rewrite_each
+from ._norms import kept_as_module, norm_after, over_channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ class FoldBatchNorm(Pass):
     def _fold_in(self, graph_module: GraphModule) -> bool:
         modified = False
         for node in compute_nodes(graph_module):
-            norm_node = _norm_after(graph_module, node)
+            norm_node = norm_after(graph_module, node)
             if norm_node is None:
                 continue
             op = facts(node).op
@@ -62,22 +61,13 @@ class FoldBatchNorm(Pass):
         return modified
 
 
-def _norm_after(owner: GraphModule, node: Node) -> Node | None:
-    for user in node.users:
-        if user.op == "call_module":
-            module = owner.get_submodule(str(user.target))
-            if isinstance(module, _BatchNorm):
-                return user
-    return None
-
-
 def _refusal(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> str | None:
     """Why this BatchNorm must stay, None where it need not."""
     norm: Any = owner.get_submodule(str(norm_node.target))
     bound = op.bind(node)
     sources = [bound.get("weight"), bound.get("bias")]
     parameters = [s for s in sources if isinstance(s, Node)]
-    kept = _kept_as_module(norm)
+    kept = kept_as_module(norm)
     if kept is not None:
         return f"BatchNorm not folded: it {kept}"
     shape = facts(node).shape
@@ -96,17 +86,6 @@ def _refusal(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> str
     return None
 
 
-def _kept_as_module(norm: nn.Module) -> str | None:
-    """What a norm does besides normalizing with running statistics."""
-    if norm.training:
-        return "is in training"
-    if type(norm).forward is not _BatchNorm.forward:
-        return "has a forward of its own"
-    if has_hooks(norm):
-        return "has hooks"
-    return None
-
-
 @torch.no_grad()
 def _fold(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> None:
     bound = op.bind(node)
@@ -119,21 +98,13 @@ def _fold(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> None:
     has_bias = isinstance(bound.get("bias"), Node)
     old = owner.get_parameter(str(bound["bias"].target)) if has_bias else 0.0
     bias = (old - norm.running_mean) * scale + shift
-    weight.mul_(_over_channels(scale, op.layout_of(bound, operand), weight))
+    weight.mul_(over_channels(scale, op.layout_of(bound, operand), weight))
     if has_bias:
         owner.get_parameter(str(bound["bias"].target)).copy_(bias)
     else:
         _add_bias(owner, node, op, bias)
     norm_node.replace_all_uses_with(node)
     owner.graph.erase_node(norm_node)
-
-
-def _over_channels(scale: Tensor, layout: ChannelLayout, weight: Tensor) -> Tensor:
-    """A vector over output channels, broadcastable to the weight."""
-    grouped = layout.grouped(weight)
-    reduced = layout.reduced_dims(weight.ndim)
-    shape = [1 if d in reduced else n for d, n in enumerate(grouped.shape)]
-    return layout.expanded(scale.reshape(shape), weight.shape)
 
 
 def _add_bias(owner: GraphModule, node: Node, op: OpInfo, bias: Tensor) -> None:

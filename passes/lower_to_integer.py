@@ -24,15 +24,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from gdnsq_fx.annotations import facts
-from gdnsq_fx.capture.child_graph import LoweredChild
 from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.errors import PassError
-from gdnsq_fx.nested import graphs_of, path_of
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.stored import ancestors
 
 from ._base import Pass, rewrite_each
+from ._rebuilt import rebuilt
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +47,9 @@ class LowerToInteger(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """A new graph module; the given one is used up."""
-        graphs = graphs_of(graph_module)
-        paths = [path_of(one) for one in graphs]
         if not self.rewrite(graph_module):
             return PassResult(graph_module, False)
-        for one, path in reversed(list(zip(graphs, paths, strict=True))):  # inner first
-            if path:
-                child = _lowered(one, LoweredChild, type(one).__name__)
-                graph_module.set_submodule(path, child)
-        return PassResult(_lowered(graph_module, GraphModule, "IntegerModel"), True)
+        return PassResult(rebuilt(graph_module, "IntegerModel"), True)
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Replace frozen quantizer nodes in place."""
@@ -77,20 +70,6 @@ def _replace(graph_module: GraphModule, kinds: list[torch.dtype]) -> bool:
         if not node.users:
             graph_module.graph.erase_node(node)
     return any(lowered)
-
-
-def _lowered(
-    graph_module: GraphModule, kind: type[GraphModule], name: str
-) -> GraphModule:
-    """A graph module that holds no more than the graph uses."""
-    _drop_unread_parameters(graph_module.graph)
-    graph_module.graph.lint()
-    # torch's own class copies just what the graph refers to.
-    lowered = kind(graph_module, graph_module.graph, name)
-    lowered.meta = dict(graph_module.meta)
-    lowered._tracer_cls = None  # pyright: ignore[reportPrivateUsage]
-    lowered.train(graph_module.training)
-    return lowered
 
 
 def _lower(
@@ -114,17 +93,6 @@ def _lower(
     node.op, node.target = "call_function", dequantize
     node.args = (codes, step, offset, dtype)
     return True
-
-
-def _drop_unread_parameters(graph: Graph) -> None:
-    """Erase stored tensors, and calls of parametrizations, that nothing reads.
-
-    `Graph.eliminate_dead_code` would also drop in-place calls that nobody reads.
-    """
-    stored = [*graph.find_nodes(op="get_attr"), *graph.find_nodes(op="call_module")]
-    for node in stored:
-        if not node.users and not node.args and not node.kwargs:
-            graph.erase_node(node)
 
 
 def _float_dtypes(graph_module: GraphModule) -> list[torch.dtype]:

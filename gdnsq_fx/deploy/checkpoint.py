@@ -19,6 +19,7 @@ from gdnsq_fx.annotations import model_facts
 from gdnsq_fx.capture.captured import capture_facts
 from gdnsq_fx.deploy.files import read_file, write_file
 from gdnsq_fx.deploy.integer import dequantize, quantize
+from gdnsq_fx.deploy.qdq import is_deployable
 from gdnsq_fx.errors import FileFormatError, PassError
 from gdnsq_fx.inputs import model_device
 from gdnsq_fx.nested import graphs_of, joined, path_of
@@ -55,8 +56,13 @@ def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write the file; returns its size in bytes.
 
     Raises:
-        PassError: not a converted model.
+        PassError: not a converted model, or one in deployable form.
     """
+    if is_deployable(imodel):
+        raise PassError(
+            "a model in deployable form has lost the grids it was trained on; save "
+            "gdnsq_fx.convert(qmodel) instead, without deployable=True"
+        )
     if not isinstance(imodel, GraphModule) or not _integer_nodes(imodel):
         raise PassError(
             "only a converted model can be saved; call gdnsq_fx.convert(qmodel) first"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gdnsq_fx.passes._evaluated_norm import affine_norm, is_affine_norm
 from torch import nn
+
+from gdnsq_fx.passes._evaluated_norm import affine_norm, is_affine_norm
 
 CASES = [
     (nn.BatchNorm1d(3), (5, 3)),
