@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
 from gdnsq_fx.passes._evaluated_norm import affine_norm, is_affine_norm
+from torch import nn
 
 CASES = [
     (nn.BatchNorm1d(3), (5, 3)),
