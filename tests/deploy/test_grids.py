@@ -40,7 +40,8 @@ def test_weights_on_half_steps_are_exact(
     made, values = _made(codes, step, offset)
     assert made.axis == axis and made.moved < 1e-5
     wanted = step.double() * codes + offset.double()
-    torch.testing.assert_close(values, wanted, rtol=1e-6, atol=1e-6)
+    # The given offset is a float32 of up to 70: it is itself off its grid by 4e-6.
+    torch.testing.assert_close(values, wanted, rtol=1e-6, atol=1e-5)
 
 
 @settings(deadline=None)  # time is that of whatever else runs
