@@ -33,13 +33,15 @@ within a `Budget` start at a plan of them for the same reason (``planned_bits.py
 
 from __future__ import annotations
 
+from statistics import median_low
+
 from torch.fx import GraphModule
 
-from gdnsq_fx.sites import sites
+from gdnsq_fx.sites import sites, weight_sites
 from gdnsq_fx.training.schedule import Schedule
 
 LR = 1e-3
-# By the lowest target of the model; from 3 bits on there is little to repair, and each
+# By the target of the median weight; from 3 bits on there is little to repair, and each
 # step away from the trained weights costs some of what they know.
 LR_OF = {1: 3e-3, 2: 1e-3}
 LR_ABOVE = 3e-4
@@ -57,8 +59,10 @@ def default_rate(qmodel: GraphModule, *, learned_bits: bool) -> float:
     takes larger steps.
 
     Args:
-        qmodel: a prepared model; its lowest target counts.
+        qmodel: a prepared model; the median target of its weights counts, so that a few
+            binary ones in mixed precision do not set the pace of all.
         learned_bits: targets are still to be found.
     """
-    lowest = min(site.quantizer.spec.bits for site in sites(qmodel))
-    return LR if learned_bits else LR_OF.get(lowest, LR_ABOVE)
+    weights = weight_sites(qmodel) or sites(qmodel)
+    typical = median_low(site.quantizer.spec.bits for site in weights)
+    return LR if learned_bits else LR_OF.get(typical, LR_ABOVE)

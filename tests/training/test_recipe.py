@@ -20,9 +20,9 @@ def _prepared(bits: int) -> torch.fx.GraphModule:
 
 
 @pytest.mark.parametrize(("bits", "rate"), [(1, 3e-3), (2, 1e-3), (3, 3e-4), (8, 3e-4)])
-def test_rate_by_the_lowest_target(bits: int, rate: float) -> None:
-    qmodel = _prepared(8)
-    assign_targets(qmodel, {"0.weight": bits})
+def test_rate_by_the_median_target_of_weights(bits: int, rate: float) -> None:
+    qmodel = _prepared(bits)
+    assign_targets(qmodel, {"0.input": 1, "2.weight": 8})
     assert default_rate(qmodel, learned_bits=False) == rate
     assert default_rate(qmodel, learned_bits=True) == 1e-3
 
