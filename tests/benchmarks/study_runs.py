@@ -52,9 +52,15 @@ def add_outcome(kept: Path, outcome: Any) -> None:
         lines.write(json.dumps(asdict(outcome)) + "\n")
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds, as a cell of a table."""
+def mean_and_spread(values: Sequence[float], wanted: int | None = None) -> str:
+    """Mean ± standard deviation over seeds, as a cell of a table.
+
+    Args:
+        values: of each seed that has run.
+        wanted: how many seeds there are to be; the cell says where fewer have run.
+    """
     if not values:
         return "not run"
     spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread}"
+    few = f" ({len(values)})" if wanted and len(values) < wanted else ""
+    return f"{mean(values):.2f}{spread}{few}"

@@ -153,7 +153,7 @@ def planned(steps: int, batch: int) -> Iterator[tuple[str, Setting]]:
 def measure(
     data: Path, work: Path, steps: int, batch: int, workers: int
 ) -> list[Outcome]:
-    """All runs, as many at a time as there are workers."""
+    """All runs, as many at a time as there are workers; without any, those kept."""
     kept = work / "study_short.jsonl"
     found = kept_outcomes(kept, Outcome)
     done = {(o.method, o.bits, o.seed, o.steps, o.batch) for o in found}
@@ -163,7 +163,8 @@ def measure(
         if (name, *asdict(setting).values()) not in done
     ]
     load_cifar(data, work)  # decoded once, before several ask for it
-    found += new_outcomes(kept, run, todo, workers)
+    if workers:
+        found += new_outcomes(kept, run, todo, workers)
     return [o for o in found if (o.steps, o.batch) == (steps, batch)]
 
 
@@ -174,7 +175,7 @@ def table(found: Sequence[Outcome], names: Sequence[str], every: Sequence[int]) 
         row = [name]
         for bits in every:
             runs = [o for o in found if (o.method, o.bits) == (name, bits)]
-            row.append(mean_and_spread([o.accuracy for o in runs]))
+            row.append(mean_and_spread([o.accuracy for o in runs], len(SEEDS)))
         mine = [o for o in found if o.method == name]
         row.append(f"{sum(o.met for o in mine)} of {len(mine)}")
         before = {b: [o.mean_bits for o in mine if o.bits == b] for b in every}
@@ -195,15 +196,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="keeps images, runs")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, help="0: tables only")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     found = measure(given.data, given.work, given.steps, given.batch, given.workers)
     _, test = load_cifar(given.data, given.work)
     reference = test.accuracy(trained_resnet20(given.data))
     text = (
-        f"ResNet-20, {given.steps} steps of {given.batch} images, {len(SEEDS)} seeds, "
-        f"mean ± standard deviation; floating point {reference:.2f} %\n\n"
+        f"ResNet-20, {given.steps} steps of {given.batch} images, mean ± standard "
+        f"deviation of {len(SEEDS)} seeds, (n) of n where fewer have run; floating "
+        f"point {reference:.2f} %\n\n"
         f"{table(found, MAIN, BITS)}\n\nOurs with one part changed\n\n"
         f"{table(found, ('ours', *ABLATIONS), ABLATION_BITS)}\n"
     )
