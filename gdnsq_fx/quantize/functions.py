@@ -78,10 +78,9 @@ def activation_levels(
     top = max_code(step, range_)
     if lower is None:  # x - 0 is x: two passes over memory less
         codes = value.div(step).round_().clamp_(min=0.0)
-        return torch.minimum(codes, top, out=codes).mul_(step).to(x.dtype)
+        return _at_most(codes, top).mul_(step).to(x.dtype)
     codes = to_codes(value, step, lower).clamp_(min=0.0)
-    codes = torch.minimum(codes, top, out=codes)
-    return codes.mul_(step).add_(lower).to(x.dtype)
+    return _at_most(codes, top).mul_(step).add_(lower).to(x.dtype)
 
 
 def weight_levels(
@@ -119,7 +118,7 @@ def quantize_activation(
     second derivatives: asking for them raises a RuntimeError.
     """
     scalars = (step, range_, lower)
-    if is_compiled(kernels, x.device):
+    if is_compiled(kernels, x):
         region = compiled(_activation_region)
         recipe = recipe_for(compiled(activation_levels), x, *scalars)
         levels = region(x, *scalars, estimator)
@@ -156,7 +155,7 @@ def quantize_weight(
         factor, dy/ds its noise term summed over ``dims``; ``lower`` gets no gradient.
     """
     grid = (step, lower, top)
-    if is_compiled(kernels, weight.device):
+    if is_compiled(kernels, weight):
         region = compiled(_weight_region)
         recipe = recipe_for(compiled(weight_levels), weight, *grid)
         levels = region(weight, *grid, tuple(dims), estimator)
@@ -196,7 +195,14 @@ def weight_codes(
 ) -> Tensor:
     """Whole codes of a weight, as floats; arguments as in `quantize_weight`."""
     codes = to_codes(wide(weight, step), step, lower).clamp_(min=0.0)
-    return codes if top is None else torch.minimum(codes, top, out=codes)
+    return codes if top is None else _at_most(codes, top)
+
+
+def _at_most(codes: Tensor, top: Tensor) -> Tensor:
+    """In the memory of the codes; not where proxies are traced, for gradients to flow."""
+    if isinstance(codes, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return torch.minimum(codes, top, out=codes)
+    return torch.minimum(codes, top)
 
 
 def wide(value: Tensor, step: Tensor) -> Tensor:

@@ -34,12 +34,16 @@ def checked_kernels(kernels: str) -> None:
         )
 
 
-def is_compiled(kernels: Kernels, device: torch.device) -> bool:
-    """Whether a quantizer on this device is to be compiled.
+def is_compiled(kernels: Kernels, value: Tensor) -> bool:
+    """Whether the quantizer of this value is to be compiled.
 
     ``auto`` compiles on CUDA devices alone: on a CPU the eager operations work in its
     caches. Where no compiler is found, the eager ones are taken, and the log says so.
+    Whoever traces symbolically hands in proxies, and records the eager operations.
     """
+    if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return False
+    device = value.device
     if kernels == "eager" or (kernels == "auto" and device.type != "cuda"):
         return False
     if torch.compiler.is_compiling():

@@ -281,8 +281,6 @@ class WeightQuantizer(Quantizer):
 
     def capacity(self, weight: Tensor) -> Tensor:
         """log2((max - min)/s + 1) of each scale group, bits per element."""
-        # Looked at anew: only a penalty between forward and update may trust `_seen`.
-        self._seen = None
         return weight_capacity(*self.learnable_extremes(weight), self.log2_step)
 
     @torch.no_grad()
@@ -307,6 +305,10 @@ class WeightQuantizer(Quantizer):
         step = torch.log2(span / (2.0**bits - 1.0))
         self.log2_step.copy_(step.clamp(min=MIN_LOG2_STEP))
 
+    def forget(self) -> None:
+        """Look at the weight anew, which an update may change and keep its version."""
+        self._seen = None
+
     @torch.no_grad()
     def _look(self, weight: Tensor) -> Seen:
         """Extremes of a weight and where they stand."""
@@ -325,7 +327,9 @@ class WeightQuantizer(Quantizer):
         """
         step = self.step
         with torch.no_grad():
-            if remember and not torch.compiler.is_compiling():
+            # Whoever traces symbolically hands in a proxy.
+            known = isinstance(weight, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+            if remember and known and not torch.compiler.is_compiling():
                 self._seen = self._look(weight)
                 low, high = self._seen.low, self._seen.high
             else:

@@ -132,7 +132,9 @@ class Weights(SideBySide):
         return Excess((excess * self._shares).sum(), (counts > 0).sum())
 
     def project(self, cap: float) -> None:
-        """See `projected_weight`."""
+        """See `projected_weight`; the extremes that forward met are forgotten."""
+        for site in self._sites:
+            site.quantizer.forget()
         extremes = [s.quantizer.extremes(s.weight()) for s in self._sites]
         lows, highs = (_flat(one) for one in zip(*extremes, strict=True))
         projected = projected_weight(self._steps(), lows, highs, cap)
