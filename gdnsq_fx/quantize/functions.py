@@ -199,7 +199,7 @@ def weight_codes(
 
 
 def _at_most(codes: Tensor, top: Tensor) -> Tensor:
-    """In the memory of the codes; not where proxies are traced, for gradients to flow."""
+    """In the memory of the codes; not for proxies, through which gradients may flow."""
     if isinstance(codes, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         return torch.minimum(codes, top, out=codes)
     return torch.minimum(codes, top)
