@@ -17,8 +17,9 @@ steps, as in the paper, instead of a start at the target; the task's loss instea
 distillation; a constant learning rate; levels placed on noise.
 
 Accuracy is that on all 10,000 test images; ``bits before`` is the mean over all edges
-before the last step, whose projection brings them to target. Finished runs are kept in
-``DIR``, so that the study goes on where it was interrupted. About an hour on two cores.
+before the last step, whose projection brings them to target. Finished runs are kept
+beside the table, so that the study goes on where it was interrupted (delete them to
+begin anew); decoded images in ``DIR``. About an hour on two cores.
 Needs ``pip install brevitas``.
 """
 
@@ -154,7 +155,7 @@ def measure(
     data: Path, work: Path, steps: int, batch: int, workers: int
 ) -> list[Outcome]:
     """All runs, as many at a time as there are workers; without any, those kept."""
-    kept = work / "study_short.jsonl"
+    kept = RESULTS.with_suffix(".jsonl")
     found = kept_outcomes(kept, Outcome)
     done = {(o.method, o.bits, o.seed, o.steps, o.batch) for o in found}
     todo = [
@@ -193,7 +194,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=DATA, help="CIFAR-10 and weights")
-    parser.add_argument("--work", type=Path, required=True, help="keeps images, runs")
+    parser.add_argument("--work", type=Path, required=True, help="keeps images")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64)
     cores = os.cpu_count() or 1
