@@ -26,7 +26,7 @@ from gdnsq_fx.training.engine import SingleProcess
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 COMPARED = ("plain", "fixed", "budget", "features", "loader")
-CLOSE_STEPS = 8
+CLOSE_STEPS = 4
 
 Cases = dict[str, dict[str, Any]]
 
@@ -67,7 +67,11 @@ def _check_same_run(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["mean_bits"][close] == pytest.approx(
         wanted["mean_bits"][close], rel=1e-5
     )
-    assert found["metrics"][close] == pytest.approx(wanted["metrics"][close], rel=1e-3)
+    for mine, other in zip(
+        found["metrics"][close], wanted["metrics"][close], strict=True
+    ):
+        assert (mine is None) == (other is None)  # where none was due
+        assert mine is None or mine == pytest.approx(other, rel=1e-3)
     assert found["bits"] == wanted["bits"]
     assert found["equal"]
 
