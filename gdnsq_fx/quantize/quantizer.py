@@ -292,6 +292,7 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def project(self, weight: Tensor, cap: float) -> None:
         """Raise steps until every capacity is at most ``cap`` (at least one bit)."""
+        self.forget()
         low, high = self.extremes(weight)
         self.log2_step.copy_(projected_weight(self.log2_step, low, high, cap))
 
