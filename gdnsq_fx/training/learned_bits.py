@@ -35,7 +35,7 @@ from gdnsq_fx.analysis.cost_model import CostModel
 from gdnsq_fx.annotations import facts
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import BudgetError
-from gdnsq_fx.sites import assign_targets, hard_bits, sites
+from gdnsq_fx.sites import WeightSite, assign_targets, hard_bits, sites
 from gdnsq_fx.training.constraint import Cap, Constraint
 from gdnsq_fx.training.edges import (
     largest_capacities,
@@ -150,6 +150,9 @@ class LearnedBits:
         if self.is_whole:
             self._fixed.project(cap)
             return
+        for edge in self._edges:
+            if isinstance(edge, WeightSite):
+                edge.quantizer.forget()  # the update moved what forward met
         bits = self._within_totals(cap)
         for edge, lowered in zip(self._edges, bits.tolist(), strict=True):
             project_edge(edge, lowered)
