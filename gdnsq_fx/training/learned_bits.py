@@ -145,14 +145,14 @@ class LearnedBits:
         Args:
             cap: target -> bits that an edge with this target may have by now.
         """
+        for edge in self._edges:
+            if isinstance(edge, WeightSite):
+                edge.quantizer.forget()  # the update moved what forward met
         if not self.is_whole and cap(1.0) <= 1.0 + WHOLE_BELOW:
             self._make_whole()
         if self.is_whole:
             self._fixed.project(cap)
             return
-        for edge in self._edges:
-            if isinstance(edge, WeightSite):
-                edge.quantizer.forget()  # the update moved what forward met
         bits = self._within_totals(cap)
         for edge, lowered in zip(self._edges, bits.tolist(), strict=True):
             project_edge(edge, lowered)

@@ -26,7 +26,7 @@ from gdnsq_fx.training.engine import SingleProcess
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 COMPARED = ("plain", "fixed", "budget", "features", "loader")
-CLOSE_STEPS = 4
+CLOSE_STEPS = 8
 
 Cases = dict[str, dict[str, Any]]
 
