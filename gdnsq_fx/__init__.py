@@ -17,18 +17,10 @@ from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.analysis.edge_report import EdgeReport
 from gdnsq_fx.analysis.profile import Position
 from gdnsq_fx.analysis.report import CapacityReport
-from gdnsq_fx.api import (
-    allocate,
-    analyze,
-    assign_bits,
-    convert,
-    export,
-    load,
-    prepare,
-    save,
-)
+from gdnsq_fx.api import allocate, analyze, assign_bits, prepare
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.channels import ChannelLayout
+from gdnsq_fx.deployment import convert, export, load, save
 from gdnsq_fx.errors import (
     BatchStructureError,
     BudgetError,
