@@ -12,7 +12,9 @@ from torch.fx import GraphModule, Node
 from gdnsq_fx.annotations import facts
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.nested import graphs_of, joined, path_of
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.stored import stored_value
 
 Q = TypeVar("Q", bound=Quantizer)

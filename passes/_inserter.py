@@ -9,7 +9,9 @@ from torch.fx import GraphModule, Node
 from gdnsq_fx.annotations import annotate, facts, shape_facts
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.nested import path_of
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.stored import stored_value
 
 from ._grids import Grid, Place

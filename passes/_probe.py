@@ -16,11 +16,9 @@ from gdnsq_fx.annotations import facts
 from gdnsq_fx.nested import nested_graphs
 from gdnsq_fx.operands import Operand
 from gdnsq_fx.opinfo import OpInfo
-from gdnsq_fx.quantize.quantizer import (
-    ActivationQuantizer,
-    Quantizer,
-    WeightQuantizer,
-)
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import sites
 
 from ._base import placeholder_values

@@ -14,7 +14,8 @@ from gdnsq_fx.analysis.capacity import FLOAT_BITS
 from gdnsq_fx.analysis.costs import bit_operations, multiplied, operations
 from gdnsq_fx.annotations import facts, source_of
 from gdnsq_fx.nested import graphs_of, path_of
-from gdnsq_fx.quantize.quantizer import Quantizer, WeightQuantizer
+from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import bit_width, quantizer_behind, sites, weight_sites
 from gdnsq_fx.state import in_evaluation
 from gdnsq_fx.stored import ancestors, attribute

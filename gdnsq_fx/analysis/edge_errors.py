@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.analysis.edge_statistics import EdgeStatistics, error_of_codes_
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.quantize.widths import at_width
 
 

@@ -17,8 +17,9 @@ from gdnsq_fx.analysis.capacity import (
 )
 from gdnsq_fx.analysis.divergence import vanishing_divergence
 from gdnsq_fx.annotations import EdgeFacts
-from gdnsq_fx.quantize.functions import from_codes_
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.levels import from_codes_
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import activation_sites, bit_width, weight_sites
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdnsq_fx.quantize.frozen import code_dtype
-from gdnsq_fx.quantize.functions import from_codes, to_codes, wide
+from gdnsq_fx.quantize.levels import from_codes, to_codes, wide
 
 
 def quantize(value: Tensor, step: Tensor, offset: Tensor, max_code: int) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gdnsq_fx.quantize.functions import from_codes, to_codes, wide
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.levels import from_codes, to_codes, wide
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 
 
 class FrozenActivation(nn.Module):

@@ -1,17 +1,9 @@
-"""The two quantizers as functions of (value, step, offset), forward and backward.
+"""The two quantizers as differentiable functions of (value, step, offset).
 
-Forward (GDNSQ, arXiv 2508.14004, the noisy channel):
-
-    activation   x' = clamp(x, b, b + q - s);  k = round((x' - b)/s);  y = s*k + b
-    weight       k = round((w - b)/s);  y = s*k + b,  b = min(w), no clamp
-
-Rounding is half to even and monotone, so the activation clamps codes instead of values:
-``k = clamp(round((x - b)/s), 0, round(q/s - 1))`` is the same code, and the very
-arithmetic that the integer model uses (`to_codes`, `from_codes`).
-
-Both functions save only their input and the scalars; backward computes the levels again
-(and inside `recomputed_levels` those who read them do, too). The gradients stand in
-``gradients.py``, and as plain formulas for compilers in ``traced_gradients.py``.
+Forward is ``levels.py``. Both functions save only their input and the scalars; backward
+computes the levels again (and inside `recomputed_levels` those who read them do, too).
+The gradients stand in ``gradients.py``, and as plain formulas for compilers in
+``traced_gradients.py``.
 """
 
 from __future__ import annotations
@@ -26,69 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from gdnsq_fx.quantize import gradients, traced_gradients
 from gdnsq_fx.quantize.kernels import Kernels, compiled, is_compiled
+from gdnsq_fx.quantize.levels import activation_levels, weight_levels, wide
 from gdnsq_fx.quantize.recompute import Recipe, recipe_for
-from gdnsq_fx.spec import Estimator, Offset
-
-
-def to_codes(value: Tensor, step: Tensor, offset: Tensor) -> Tensor:
-    """Unclamped codes ``round_half_to_even((value - offset) / step)``, as floats."""
-    return value.sub(offset).div_(step).round_()
-
-
-def from_codes(codes: Tensor, step: Tensor, offset: Tensor) -> Tensor:
-    """Levels ``step * codes + offset`` of codes held as floats."""
-    return codes.mul(step).add_(offset)
-
-
-def from_codes_(codes: Tensor, step: Tensor, offset: Tensor) -> Tensor:
-    """As `from_codes`, in the memory of codes that nothing reads afterwards.
-
-    For passes without gradients, and outside what ``torch.fx`` may trace.
-    """
-    return codes.mul_(step).add_(offset)
-
-
-def max_code(step: Tensor, range_: Tensor) -> Tensor:
-    """Largest code of a clamped quantizer, ``round(q/s - 1)`` (scalar tensor)."""
-    return (range_ / step - 1.0).round()
-
-
-def snap_offset(offset: Tensor, step: Tensor, mode: Offset) -> Tensor:
-    """Offset on the grid of its mode; the gradient passes as if it were not moved.
-
-    Args:
-        offset: lowest level b.
-        step: step s, broadcastable to ``offset``.
-        mode: ``free`` leaves b; ``half_step`` and ``integer`` move it to the nearest
-            multiple of s/2 and of s.
-    """
-    if mode == "free":
-        return offset
-    unit = (step if mode == "integer" else step / 2).detach()
-    snapped = torch.round(offset.detach() / unit) * unit
-    # The difference is exactly zero, so the value stays exactly on its grid.
-    return snapped + (offset - offset.detach())
-
-
-def activation_levels(
-    x: Tensor, step: Tensor, range_: Tensor, lower: Tensor | None
-) -> Tensor:
-    """Forward of `quantize_activation`, whose arguments it takes."""
-    value = wide(x, step)
-    top = max_code(step, range_)
-    if lower is None:  # x - 0 is x: two passes over memory less
-        codes = value.div(step).round_().clamp_(min=0.0)
-        return _at_most(codes, top).mul_(step).to(x.dtype)
-    codes = to_codes(value, step, lower).clamp_(min=0.0)
-    return _at_most(codes, top).mul_(step).add_(lower).to(x.dtype)
-
-
-def weight_levels(
-    weight: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
-) -> Tensor:
-    """Forward of `quantize_weight`, whose arguments it takes."""
-    codes = weight_codes(weight, step, lower, top)
-    return codes.mul_(step).add_(lower).to(weight.dtype)
+from gdnsq_fx.spec import Estimator
 
 
 def quantize_activation(
@@ -188,26 +120,6 @@ def _weight_region(
     recipe: Recipe | None = None,
 ) -> Tensor:
     return _QuantizeWeight.apply(weight, step, lower, top, dims, estimator, recipe)  # type: ignore[no-any-return]
-
-
-def weight_codes(
-    weight: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
-) -> Tensor:
-    """Whole codes of a weight, as floats; arguments as in `quantize_weight`."""
-    codes = to_codes(wide(weight, step), step, lower).clamp_(min=0.0)
-    return codes if top is None else _at_most(codes, top)
-
-
-def _at_most(codes: Tensor, top: Tensor) -> Tensor:
-    """In the memory of the codes; not for proxies, through which gradients may flow."""
-    if isinstance(codes, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return torch.minimum(codes, top, out=codes)
-    return torch.minimum(codes, top)
-
-
-def wide(value: Tensor, step: Tensor) -> Tensor:
-    """The value in the step's precision: codes are wrong in half precision."""
-    return value.to(torch.promote_types(value.dtype, step.dtype))
 
 
 class _QuantizeActivation(Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.errors import CalibrationError
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
 
 SAMPLE_SIZE = 1 << 16
 CANDIDATES = 64

@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
 from gdnsq_fx.quantize.observer import Observer
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 
 SAMPLE_SIZE = 1 << 13
 

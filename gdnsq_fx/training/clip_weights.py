@@ -21,8 +21,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from gdnsq_fx.quantize.functions import snap_offset
-from gdnsq_fx.quantize.quantizer import WeightQuantizer
+from gdnsq_fx.quantize.levels import snap_offset
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import WeightSite
 
 CANDIDATES = 32

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, Quantizer
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.training.dtensors import is_sharded
 from gdnsq_fx.training.schedule import Schedule
 

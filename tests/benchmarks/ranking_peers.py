@@ -15,11 +15,8 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from gdnsq_fx.quantize.quantizer import (
-    Quantizer,
-    WeightQuantizer,
-    quantization_disabled,
-)
+from gdnsq_fx.quantize.quantizer import Quantizer, quantization_disabled
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import weight_sites
 
 HESSIAN_BATCHES = 2

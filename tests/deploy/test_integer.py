@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.deploy.integer import dequantize, quantize
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.spec import QuantSpec
 
 

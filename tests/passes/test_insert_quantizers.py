@@ -16,11 +16,9 @@ from gdnsq_fx.annotations import compute_nodes, facts
 from gdnsq_fx.capture.capture import capture
 from gdnsq_fx.errors import NothingToQuantizeError, PassError, PatternError
 from gdnsq_fx.passes import InsertQuantizers, PropagateShapes, run_passes
-from gdnsq_fx.quantize.quantizer import (
-    ActivationQuantizer,
-    WeightQuantizer,
-    quantization_disabled,
-)
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.quantizer import quantization_disabled
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import activation_sites, sites, weight_sites
 from gdnsq_fx.spec import Override, QuantConfig, QuantSpec
 

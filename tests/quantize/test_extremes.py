@@ -13,7 +13,7 @@ from torch import nn
 import gdnsq_fx.quantize.quantizer as quantizer_module
 from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.quantize.extremes import located, with_gradient
-from gdnsq_fx.quantize.quantizer import WeightQuantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.spec import QuantSpec
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gdnsq_fx.channels import PER_TENSOR, ChannelLayout
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight, code_dtype
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.spec import Offset, QuantSpec
 
 OFFSETS: tuple[Offset, ...] = get_args(Offset)

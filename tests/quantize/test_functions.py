@@ -11,14 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gdnsq_fx.quantize.functions import (
-    from_codes,
-    max_code,
-    quantize_activation,
-    quantize_weight,
-    snap_offset,
-    to_codes,
-)
+from gdnsq_fx.quantize.functions import quantize_activation, quantize_weight
+from gdnsq_fx.quantize.levels import from_codes, max_code, snap_offset, to_codes
 from gdnsq_fx.spec import Estimator, Offset
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)

@@ -15,12 +15,8 @@ from torch import Tensor, nn
 import gdnsq_fx
 from gdnsq_fx.errors import ConfigError
 from gdnsq_fx.quantize import gradients, kernels, traced_gradients
-from gdnsq_fx.quantize.functions import (
-    activation_levels,
-    quantize_activation,
-    quantize_weight,
-    weight_levels,
-)
+from gdnsq_fx.quantize.functions import quantize_activation, quantize_weight
+from gdnsq_fx.quantize.levels import activation_levels, weight_levels
 from gdnsq_fx.spec import Estimator
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)

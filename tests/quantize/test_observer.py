@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.errors import CalibrationError
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
 from gdnsq_fx.quantize.observer import SAMPLE_SIZE, Observer, _squared_errors
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer
 from gdnsq_fx.spec import QuantSpec
 
 

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from gdnsq_fx.channels import PER_TENSOR, ChannelLayout
 from gdnsq_fx.errors import CalibrationError
-from gdnsq_fx.quantize.quantizer import (
-    ActivationQuantizer,
-    WeightQuantizer,
-    quantization_disabled,
-)
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.quantizer import quantization_disabled
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.spec import Estimator, Offset, QuantSpec
 
 LN2 = math.log(2.0)

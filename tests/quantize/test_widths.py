@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import gdnsq_fx
 from gdnsq_fx.errors import ConfigError
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.quantize.widths import at_width
 from gdnsq_fx.sites import activation_sites, weight_sites
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 import gdnsq_fx
-from gdnsq_fx.quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import activation_sites, hard_bits, weight_sites
 from gdnsq_fx.training.constraint import (
     LOSS_FLOOR,

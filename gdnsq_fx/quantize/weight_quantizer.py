@@ -1,0 +1,149 @@
+"""The learnable quantizer of weights: a step for each channel, the range its own."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdnsq_fx.channels import ChannelLayout
+from gdnsq_fx.quantize.capacity import (
+    MIN_CAPACITY,
+    MIN_LOG2_STEP,
+    projected_weight,
+    weight_capacity,
+)
+from gdnsq_fx.quantize.extremes import Seen, located, with_gradient
+from gdnsq_fx.quantize.functions import quantize_weight
+from gdnsq_fx.quantize.levels import snap_offset, weight_codes, wide
+from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.spec import QuantSpec
+
+# What float rounding may add to the capacity of a projected quantizer, in bits.
+CAPACITY_TOLERANCE = 1e-4
+
+
+class WeightQuantizer(Quantizer):
+    """One step for each output channel, or for the tensor; the range is the weight's.
+
+    Capacity of a channel is log2((max - min)/s + 1) bits per element, so its gradient
+    reaches the channel's own extreme weights and pulls outliers in (arXiv 2508.14004).
+    """
+
+    def __init__(
+        self, edge: str, spec: QuantSpec, layout: ChannelLayout, weight: Tensor
+    ) -> None:
+        super().__init__(edge, spec)
+        self.layout = layout
+        self._seen: Seen | None = None
+        self.dims = layout.reduced_dims(weight.ndim)
+        shape = list(layout.grouped(weight).shape)
+        for dim in self.dims:
+            shape[dim] = 1
+        self.log2_step = nn.Parameter(
+            torch.full(shape, math.nan, device=weight.device, dtype=torch.float32)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what forward has seen, which is of this very weight."""
+        return {**self.__dict__, "_seen": None}
+
+    @torch.no_grad()
+    def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest weight of each scale group, shaped like ``log2_step``."""
+        view = self.layout.grouped(weight)
+        low = wide(view.amin(self.dims, keepdim=True), self.log2_step)
+        return low, wide(view.amax(self.dims, keepdim=True), self.log2_step)
+
+    def learnable_extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, differentiable; those that the last forward met where it may."""
+        seen = self._seen
+        if seen is None or not seen.is_of(weight):
+            seen = self._look(weight)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return seen.low, seen.high
+        view = self.layout.grouped(weight)
+        return with_gradient(view, seen.low, seen.high, self.dims, seen.places)
+
+    def offset(self, weight: Tensor) -> Tensor:
+        """Lowest level b of each scale group; no gradient."""
+        return self._grid(weight)[1]
+
+    def quantize(self, value: Tensor) -> Tensor:
+        """See `quantize_weight`."""
+        step, lower, top = self._grid(value, remember=self.training)
+        view = self.layout.grouped(value)
+        quantized = quantize_weight(
+            view, step, lower, self.dims, self.spec.estimator, top, self.kernels
+        )
+        return quantized.view_as(value)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """Whole codes from 0, as floats, of the weight's shape."""
+        codes = weight_codes(self.layout.grouped(weight), *self._grid(weight))
+        return codes.view_as(weight)
+
+    def capacity(self, weight: Tensor) -> Tensor:
+        """log2((max - min)/s + 1) of each scale group, bits per element."""
+        return weight_capacity(*self.learnable_extremes(weight), self.log2_step)
+
+    @torch.no_grad()
+    def levels(self, weight: Tensor) -> Tensor:
+        """Number of levels of each scale group that the weight spans, as floats."""
+        self._require_calibration()
+        return weight_codes(self.extremes(weight)[1], *self._grid(weight)) + 1.0
+
+    @torch.no_grad()
+    def project(self, weight: Tensor, cap: float) -> None:
+        """Raise steps until every capacity is at most ``cap`` (at least one bit)."""
+        self.forget()
+        low, high = self.extremes(weight)
+        self.log2_step.copy_(projected_weight(self.log2_step, low, high, cap))
+
+    @torch.no_grad()
+    def open_to(self, weight: Tensor, bits: float) -> None:
+        """Place 2^bits levels evenly over each scale group."""
+        low, high = self.extremes(weight)
+        span = (high - low).to(self.log2_step.dtype)
+        span = torch.where(span > 0, span, low.abs().to(span.dtype))
+        span = torch.where(span > 0, span, torch.ones_like(span))
+        step = torch.log2(span / (2.0**bits - 1.0))
+        self.log2_step.copy_(step.clamp(min=MIN_LOG2_STEP))
+
+    def forget(self) -> None:
+        """Look at the weight anew, which an update may change and keep its version."""
+        self._seen = None
+
+    @torch.no_grad()
+    def _look(self, weight: Tensor) -> Seen:
+        """Extremes of a weight and where they stand."""
+        low, high, places = located(self.layout.grouped(weight), self.dims)
+        low, high = wide(low, self.log2_step), wide(high, self.log2_step)
+        return Seen(weakref.ref(weight), weight._version, low, high, places)
+
+    def _grid(
+        self, weight: Tensor, *, remember: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Step, lowest level and largest code of each scale group.
+
+        The offset may lie half a step below the least weight, and steps are floats: the
+        largest code is that of the whole bits which the capacity stands for, so that
+        neither can add a level to a tensor whose capacity meets its target.
+        """
+        step = self.step
+        with torch.no_grad():
+            # Whoever traces symbolically hands in a proxy.
+            known = isinstance(weight, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+            if remember and known and not torch.compiler.is_compiling():
+                self._seen = self._look(weight)
+                low, high = self._seen.low, self._seen.high
+            else:
+                low, high = self.extremes(weight)
+            capacity = torch.log2((high - low) / step + 1.0)
+            whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
+            lower = snap_offset(low, step.detach(), self.spec.offset)
+        return step, lower, torch.exp2(whole) - 1.0
