@@ -239,7 +239,7 @@ def finetune(
                         callback.on_step(run.history[-1])
                 if saving.is_due(step + 1, last=validation.is_over or run.is_done):
                     saving.save(step + 1, parts)
-            run.check_finite(run.taken)
+            run.guard.check_finite(run.taken)
             run.settle()
             validation.settle()
             refreshed = (stream.take() for _ in range(batch_norm_batches))

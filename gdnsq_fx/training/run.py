@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,13 @@ from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.budget import Budget
-from gdnsq_fx.errors import ConfigError, TrainingDivergedError
+from gdnsq_fx.errors import ConfigError
 from gdnsq_fx.inputs import Batch, model_device
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.training.amp import MixedPrecision
 from gdnsq_fx.training.constraint import LOSS_MEMORY, Cap, Constraint
-from gdnsq_fx.training.dtensors import clip_gradients, total_norm
+from gdnsq_fx.training.divergence import DivergenceGuard
+from gdnsq_fx.training.dtensors import clip_gradients
 from gdnsq_fx.training.ema import Average
 from gdnsq_fx.training.engine import Engine, SingleProcess
 from gdnsq_fx.training.learned_bits import LearnedBits
@@ -33,7 +34,6 @@ from gdnsq_fx.training.stored_state import (
     joined,
     load_model_state,
     load_optimizer_state,
-    model_snapshot,
     model_state,
     optimizer_state,
     under,
@@ -44,7 +44,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 class Run:
-    """One fine-tuning run: optimizer, constraint, history, and the last good state.
+    """One fine-tuning run: optimizer, constraint, history.
 
     Args:
         qmodel: is trained; read and projected in place.
@@ -57,8 +57,6 @@ class Run:
     """
 
     RECORDS = 100
-    SNAPSHOTS = 20
-    MAX_SKIPPED = 10
 
     def __init__(
         self,
@@ -80,10 +78,8 @@ class Run:
         self.schedule = schedule
         self.max_grad_norm = settings.max_grad_norm
         self.precision = MixedPrecision(qmodel, settings.autocast)
-        self.good_state = model_snapshot(qmodel)
-        self.trained = False
+        self.guard = DivergenceGuard(qmodel, schedule.steps, self.precision)
         self.taken = 0
-        self.skipped = 0
         self.met_at: int | None = None
         # What the user holds in evaluation inside a model in training stays there.
         modules = qmodel.modules() if qmodel.training else ()
@@ -125,9 +121,8 @@ class Run:
         self.engine.add_gradients(lambda: self._penalty(step))
         self.constraint.align_gradients(lambda target: self.schedule.cap(step, target))
         norm = clip_gradients(self.qmodel.parameters(), self.max_grad_norm)
-        usable = self._is_usable(step, loss, norm)
+        usable = self.guard.is_usable(step, loss, norm)
         self.precision.update(self.optimizer, usable=usable)
-        self.trained |= usable
         self._project(lambda target: self.schedule.cap(step, target))
         self.taken = step + 1
         if self.schedule.anneals_once_met and self.met_at is None:
@@ -193,7 +188,7 @@ class Run:
 
     def record(self, step: int, loss: Tensor, metric: float | None) -> dict[str, Any]:
         """Add to the history; returns what the progress bar shows."""
-        self.check_finite(step + 1)
+        self.guard.check_finite(step + 1)
         with self.engine.weights():
             mean_bits = self.constraint.mean_capacity()
             above = len(self.constraint.violations())
@@ -212,7 +207,7 @@ class Run:
         if metric is not None:
             self.tracker.note_metric(step, metric)
         if self.tracker.is_due(step) or step + 1 == self.schedule.steps:
-            self.check_finite(step + 1)  # NaN has no bit-width
+            self.guard.check_finite(step + 1)  # NaN has no bit-width
             self.tracker.retarget(self.constraint.targets)
             with self.engine.weights():
                 self.tracker.observe(self.qmodel, step, float(loss))
@@ -223,9 +218,9 @@ class Run:
         Raises:
             TrainingDivergedError: the last update broke a parameter.
         """
-        self.check_finite(self.taken)
+        self.guard.check_finite(self.taken)
         met_at = -1 if self.met_at is None else self.met_at
-        counts = torch.tensor([self.taken, self.skipped, self.trained, met_at])
+        counts = torch.tensor([self.taken, *self.guard.counts(), met_at])
         mean = {} if self.loss_mean is None else {"loss_mean": self.loss_mean}
         parts = {
             "model": model_state(self.qmodel),
@@ -247,14 +242,13 @@ class Run:
         self.precision.load_state(under(state, "precision"))
         if self.average is not None:
             self.average.load_state(under(state, "average"))
-        self.taken, self.skipped, trained, met_at = state["counts"].tolist()
-        self.trained = bool(trained)
+        self.taken, skipped, trained, met_at = state["counts"].tolist()
         self.met_at = None if met_at < 0 else met_at
         if "loss_mean" in state:
             device = model_device(self.qmodel)
             self.loss_mean = state["loss_mean"].to(device, copy=True)
             self.constraint.observe_loss(self.loss_mean)
-        self.good_state = model_snapshot(self.qmodel)
+        self.guard.start_over(skipped, trained=bool(trained))
 
     def _project(self, cap: Cap) -> None:
         with self.engine.weights():
@@ -270,48 +264,9 @@ class Run:
 
     def undo_if_untrained(self) -> None:
         """Where not one step was taken, put back the quantizers that were opened."""
-        if not self.trained:
-            load_model_state(self.qmodel, self.good_state)
+        if not self.guard.trained:
+            self.guard.put_back()
             self.constraint.undo()
-
-    def check_finite(self, step: int) -> None:
-        """Restore and raise where the update before this step broke a parameter."""
-        norm = total_norm(p.detach() for p in self.qmodel.parameters())
-        if not bool(torch.isfinite(norm)):
-            self._restore(step, f"norm of the parameters {float(norm)}")
-
-    def _is_usable(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        """A finite step proves the parameters it started from; else skip or go back.
-
-        A gradient alone may overflow now and then, where a BatchNorm meets a constant
-        channel at one bit. Its update is left out; a run of them is a divergence.
-        """
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            self.skipped = 0
-        elif not self.precision.may_overflow:
-            self.skipped += 1
-        if not bool(torch.isfinite(loss)) or self.skipped > self.MAX_SKIPPED:
-            self._restore(
-                step, f"loss {float(loss.detach())}, gradient norm {float(norm)}"
-            )
-        if not finite:
-            return False
-        if step % max(self.schedule.steps // self.SNAPSHOTS, 1) == 0:
-            self.good_state = model_snapshot(self.qmodel)
-        return True
-
-    def _restore(self, step: int, found: str) -> NoReturn:
-        load_model_state(self.qmodel, self.good_state)
-        remedy = "Lower lr, check the batch for NaN, or take more steps"
-        if any(p.dtype is torch.float16 for p in self.qmodel.parameters()):
-            remedy += "; the weights are float16, where Adam underflows: use float32"
-        raise TrainingDivergedError(
-            f"loss or gradients became NaN or infinite at step {step} ({found}); the "
-            "model holds its last good state, whose bits may be above target. "
-            f"{remedy}",
-            step,
-        )
 
 
 def constraint_for(

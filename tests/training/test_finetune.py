@@ -24,8 +24,8 @@ from gdnsq_fx.errors import (
 )
 from gdnsq_fx.sites import activation_sites, weight_sites
 from gdnsq_fx.spec import Estimator, Offset
+from gdnsq_fx.training.divergence import DivergenceGuard
 from gdnsq_fx.training.losses import squared_distillation_loss
-from gdnsq_fx.training.run import Run
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 OFFSETS: tuple[Offset, ...] = get_args(Offset)
@@ -537,7 +537,7 @@ def test_gradient_that_turns_nan_stops() -> None:
 
     with pytest.raises(TrainingDivergedError) as caught:
         _finetune(qmodel, _labelled(), task_loss=loss)
-    assert caught.value.step == Run.MAX_SKIPPED
+    assert caught.value.step == DivergenceGuard.MAX_SKIPPED
     assert _is_finite(qmodel)
 
 
