@@ -20,13 +20,13 @@ from gdnsq_fx.state import in_evaluation
 from gdnsq_fx.training.amp import Autocast
 from gdnsq_fx.training.batch_norm import reestimate_batch_norm
 from gdnsq_fx.training.batches import BatchStream
+from gdnsq_fx.training.budgeted_bits import costs_within
 from gdnsq_fx.training.callbacks import Callback, CsvLog
 from gdnsq_fx.training.checkpointing import Checkpointing, Resumable
 from gdnsq_fx.training.compiled import Compile, compiled
 from gdnsq_fx.training.distributed import engine_for
 from gdnsq_fx.training.features import FeatureObjective, graph_teacher
 from gdnsq_fx.training.identity import identity_of
-from gdnsq_fx.training.learned_bits import costs_within
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
 from gdnsq_fx.training.outputs import Selector, selecting, weighted

@@ -25,18 +25,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from gdnsq_fx.analysis.allocation import Divergences, best_allocation
+from gdnsq_fx.analysis.allocation import Divergences
 from gdnsq_fx.analysis.continuous_cost import ContinuousCost
-from gdnsq_fx.analysis.cost_model import CostModel
 from gdnsq_fx.budget import Budget
-from gdnsq_fx.sites import WeightSite, assign_targets, hard_bits, sites, weight_sites
+from gdnsq_fx.sites import WeightSite, assign_targets, hard_bits, weight_sites
+from gdnsq_fx.training.budgeted_bits import (
+    BudgetedBits,
+    falling,
+    predicted_divergences,
+)
 from gdnsq_fx.training.clip_weights import clip_outliers
-from gdnsq_fx.training.constraint import Cap, Constraint
-from gdnsq_fx.training.edges import Edge, mean_capacities, raise_edge, slope
-from gdnsq_fx.training.learned_bits import MEMORY, WIDTHS, predicted_divergences
+from gdnsq_fx.training.constraint import Cap
+from gdnsq_fx.training.edges import Edge, raise_edge
 from gdnsq_fx.training.process_group import ProcessGroup
 from gdnsq_fx.training.schedule import Schedule
-from gdnsq_fx.training.sensitivity import Sensitivity
 
 # Bits at which edges without predictions are priced; bit operations are products.
 EVERYWHERE = 3.0
@@ -47,21 +49,8 @@ REVISED_AT = 0.5
 CLEARLY = 0.75
 
 
-class PlannedBits:
-    """The constraint of a global budget; what `Constraint` is to fixed targets.
-
-    Args:
-        graph_module: a prepared model; quantizers and their targets change in place.
-        budget: what must not be exceeded.
-        schedule: its descent says until when the plan may change.
-        group: processes that train the model, for which the main one decides.
-
-    Attributes:
-        is_final: the plan does not change any more.
-
-    Raises:
-        BudgetError: no whole bits meet the budget; the model is left as it was.
-    """
+class PlannedBits(BudgetedBits):
+    """Whole bits from the start, weighed once on the way."""
 
     def __init__(
         self,
@@ -70,49 +59,17 @@ class PlannedBits:
         schedule: Schedule,
         group: ProcessGroup | None = None,
     ) -> None:
-        self._graph_module = graph_module
-        self._group = group or ProcessGroup()
-        self._budget = budget
-        self._model = CostModel.of(graph_module)
-        by_name = {site.edge: site for site in sites(graph_module)}
-        self._edges = [by_name[name] for name in self._model.edges]
-        self._fixed = Constraint(graph_module)
-        self._before = self._fixed.targets
+        super().__init__(graph_module, budget, schedule, group)
         self._revised_at = max(round(REVISED_AT * schedule.descent_steps), 1)
-        self._sensitivity = Sensitivity(
-            len(self._edges), MEMORY * schedule.descent_steps
-        )
         self._seen = 0
-        self.is_final = False
         self._predicted = predicted_divergences(graph_module)
-        assign_targets(graph_module, self._planned(self._predicted or self._alike()))
-
-    @property
-    def targets(self) -> dict[str, int]:
-        """Target bit-width of every edge by the plan so far."""
-        return self._fixed.targets
-
-    def observe_loss(self, loss: Tensor) -> None:
-        """As `Constraint.observe_loss`."""
-        self._fixed.observe_loss(loss)
-
-    def penalty(self, growth: float) -> Tensor:
-        """As `Constraint.penalty`."""
-        return self._fixed.penalty(growth)
+        assign_targets(graph_module, self._best(self._predicted or self._alike()))
 
     @torch.no_grad()
     def observe_gradients(self) -> None:
-        """Learn what bits are worth from the gradients of the loss alone; call after
-        its backward, before that of the penalty."""
-        if self.is_final:
-            return
-        slopes = torch.stack([slope(edge) for edge in self._edges])
-        self._sensitivity.observe(slopes, mean_capacities(self._edges))
-        self._seen += 1
-
-    def align_gradients(self, cap: Cap) -> None:
-        """As `Constraint.align_gradients`."""
-        self._fixed.align_gradients(cap)
+        """As `BudgetedBits.observe_gradients`."""
+        super().observe_gradients()
+        self._seen += not self.is_final
 
     @torch.no_grad()
     def project(self, cap: Cap) -> None:
@@ -139,14 +96,6 @@ class PlannedBits:
                 edge.quantizer.change_width(targets[edge.edge])
         clip_outliers(weight_sites(self._graph_module), 1.0)
 
-    def undo(self) -> None:
-        """Give every edge the target back that it had before."""
-        assign_targets(self._graph_module, self._before)
-
-    def mean_capacity(self) -> float:
-        """As `Constraint.mean_capacity`."""
-        return self._fixed.mean_capacity()
-
     def violations(self) -> dict[str, tuple[int, int]]:
         """As `Constraint.violations`; before the plan is final, every edge, so that no
         state is kept as the best whose bits are not those of the end."""
@@ -157,28 +106,12 @@ class PlannedBits:
 
     def state(self) -> dict[str, Tensor]:
         """What the steps to come depend on, beside the model; as copies."""
-        targets = self.targets
-        return {
-            **self._sensitivity.state(),
-            "targets": torch.tensor([targets[name] for name in self._model.edges]),
-            "seen": torch.tensor(self._seen),
-            "is_final": torch.tensor(self.is_final),
-        }
+        return {**super().state(), "seen": torch.tensor(self._seen)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken."""
-        self._sensitivity.load_state(state)
-        targets = state["targets"].tolist()
-        assign_targets(
-            self._graph_module, dict(zip(self._model.edges, targets, strict=True))
-        )
+        super().load_state(state)
         self._seen = int(state["seen"])
-        self.is_final = bool(state["is_final"])
-
-    def _planned(self, divergences: Divergences) -> dict[str, int]:
-        return self._group.on_main(
-            lambda: dict(best_allocation(divergences, self._model, self._budget).bits)
-        )
 
     def _alike(self) -> Divergences:
         """What asks for the same bits everywhere: worth as much as they cost."""
@@ -188,16 +121,13 @@ class PlannedBits:
         for name, bound in self._budget.totals.items():
             price += cost.marginal(name, bits) / bound
         price = price.clamp(min=LEAST_PRICE * float(price.max()) or 1.0)
-        return {
-            name: {b: float(one) * 4.0**-b for b in WIDTHS}
-            for name, one in zip(self._model.edges, price, strict=True)
-        }
+        return falling(self._model.edges, price)
 
     def _revise(self) -> None:
         """Make the plan anew, and move the edges that it gives other bits."""
         self.is_final = True
         now, weighed = self.targets, self._weighed()
-        chosen = self._planned(weighed)
+        chosen = self._best(weighed)
         if _total(weighed, chosen) > CLEARLY * _total(weighed, now):
             return
         assign_targets(self._graph_module, chosen)
@@ -206,15 +136,13 @@ class PlannedBits:
 
     def _weighed(self) -> Divergences:
         """What each edge costs at each width, by the gradients and the prediction."""
-        found = self._sensitivity.values().tolist()
-        levels = dict(zip(self._model.edges, found, strict=True))
+        learned = self._learned()
         if self._predicted is None:
-            return {e: {b: a * 4.0**-b for b in WIDTHS} for e, a in levels.items()}
+            return learned
         weighed: dict[str, dict[int, float]] = {}
         for edge, bits in self.targets.items():
             at = self._predicted[edge]
-            by_gradients = levels[edge] * 4.0**-bits
-            factor = math.sqrt(by_gradients / at[bits]) if at[bits] > 0.0 else 1.0
+            factor = math.sqrt(learned[edge][bits] / at[bits]) if at[bits] else 1.0
             weighed[edge] = {b: d * factor for b, d in at.items()}
         return weighed
 

@@ -16,6 +16,7 @@ from gdnsq_fx.errors import ConfigError
 from gdnsq_fx.inputs import Batch, model_device
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.training.amp import MixedPrecision
+from gdnsq_fx.training.budgeted_bits import BudgetedBits
 from gdnsq_fx.training.constraint import LOSS_MEMORY, Cap, Constraint
 from gdnsq_fx.training.divergence import DivergenceGuard
 from gdnsq_fx.training.dtensors import clip_gradients
@@ -274,7 +275,7 @@ def constraint_for(
     budget: object,
     schedule: Schedule,
     group: ProcessGroup | None = None,
-) -> Constraint | LearnedBits | PlannedBits:
+) -> Constraint | BudgetedBits:
     """Fixed targets, or bits that are found within a `Budget`: from a plan where the
     schedule starts at its targets, else coming down.
 

@@ -287,12 +287,12 @@ def test_state_goes_on_where_it_was_taken() -> None:
     for step in range(5):
         constraint.project(lambda target, step=step: schedule.cap(step, target))
     state = constraint.state()
-    assert bool(state["is_whole"])
+    assert bool(state["is_final"])
     constraint.undo()
     other = LearnedBits(qmodel, budget, schedule)
-    assert not other.is_whole
+    assert not other.is_final
     other.load_state(state)
-    assert other.is_whole
+    assert other.is_final
     assert all(torch.equal(other.state()[k], v) for k, v in state.items())
 
 
