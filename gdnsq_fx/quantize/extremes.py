@@ -129,9 +129,9 @@ def _share(
     weight: Tensor, extreme: Tensor, gradient: Tensor, dims: tuple[int, ...]
 ) -> Tensor:
     """The gradient of an extreme, shared by the weights that are equal to it."""
-    # A float mask: counting in bool is several times slower.
-    equal = torch.empty_like(weight, dtype=extreme.dtype)
-    torch.eq(weight.to(extreme.dtype), extreme, out=equal)
+    # A float mask: counting in bool is several times slower. No ``out=``, which
+    # compilers refuse in other strides.
+    equal = torch.empty_like(weight, dtype=extreme.dtype).copy_(weight).eq_(extreme)
     return equal.mul_(gradient / equal.sum(dims, keepdim=True))
 
 

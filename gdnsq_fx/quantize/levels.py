@@ -88,8 +88,12 @@ def weight_codes(
 
 
 def _at_most(codes: Tensor, top: Tensor) -> Tensor:
-    """In the memory of the codes; not for proxies, through which gradients may flow."""
-    if isinstance(codes, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+    """In the memory of the codes; not for proxies, through which gradients may flow.
+
+    Nor for compilers, which refuse ``out=`` in other strides, and need none of it.
+    """
+    known = isinstance(codes, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if known and not torch.compiler.is_compiling():
         return torch.minimum(codes, top, out=codes)
     return torch.minimum(codes, top)
 

@@ -220,3 +220,36 @@ def test_weights_keep_their_layout() -> None:
     low = weight.amin((1, 2, 3), keepdim=True)
     levels = quantize_weight(weight, torch.full_like(low, 0.1), low, (1, 2, 3), "lsq")
     assert levels.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Transposing(nn.Module):
+    """Attention-like: quantized values whose strides are not those of their shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.conv = nn.Conv1d(6, 5, 3)
+        self.conv.weight.data = self.conv.weight.data.transpose(1, 2).contiguous()
+        self.conv.weight.data = self.conv.weight.data.transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).view(len(x), 8, 2, 3).transpose(1, 2)
+        y = (y @ y.transpose(2, 3)) @ y
+        return self.conv(y.transpose(1, 2).reshape(len(x), 8, 6).transpose(1, 2))  # type: ignore[no-any-return]
+
+
+def test_a_model_of_transposed_values_is_one_graph() -> None:
+    """A compiler refuses ``out=`` in strides that are not the plain ones."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, 6)
+    qmodel = gdnsq_fx.prepare(
+        _Transposing(), x, gdnsq_fx.QuantConfig(3, 3), [x]
+    ).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
+    parameters = list(qmodel.parameters())
+    wanted = torch.autograd.grad(qmodel(x).square().sum(), parameters)
+    found = torch.autograd.grad(compiled(x).square().sum(), parameters)
+    assert torch.equal(compiled(x), qmodel(x))
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
