@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import gdnsq_fx.quantize.quantizer as quantizer_module
+import gdnsq_fx.quantize.weight_quantizer as weight_quantizer
 from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.quantize.extremes import located, with_gradient
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
@@ -89,7 +89,7 @@ def _walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         walks.append(weight.numel())
         return located(weight, dims)
 
-    monkeypatch.setattr(quantizer_module, "located", noting)
+    monkeypatch.setattr(weight_quantizer, "located", noting)
     monkeypatch.setattr(WeightQuantizer, "extremes", None)
     return walks
 
