@@ -249,9 +249,10 @@ def main() -> None:
         if accelerator.is_main_process:
             (folder / f"{name}.json").write_text(json.dumps(found))
             print(name, "done", flush=True)
-    accelerator.end_training()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    accelerator.wait_for_everyone()
+    sys.stdout.flush()
+    # Without the interpreter's end: gloo's threads abort a process there now and then.
+    os._exit(0)
 
 
 if __name__ == "__main__":
