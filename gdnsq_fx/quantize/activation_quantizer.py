@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gdnsq_fx.quantize.capacity import MIN_LOG2_STEP, projected_activation
 from gdnsq_fx.quantize.functions import quantize_activation
-from gdnsq_fx.quantize.levels import max_code, snap_offset, to_codes, wide
+from gdnsq_fx.quantize.levels import clamped_codes, max_code, snap_offset, wide
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantSpec
 
@@ -63,9 +63,8 @@ class ActivationQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, value: Tensor) -> Tensor:
         """Whole codes from 0, as floats, of the value's shape."""
-        codes = to_codes(wide(value, self.step), self.step, self.offset)
-        codes = codes.clamp_(min=0.0)
-        return torch.minimum(codes, max_code(self.step, self.range), out=codes)
+        lower = None if self.nonnegative else self.offset
+        return clamped_codes(value, self.step, lower, max_code(self.step, self.range))
 
     @torch.no_grad()
     def clipped(self, value: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Gradients of the two quantizers, from input, levels and the gradient that arrives.
 
 The rounding error in steps is ``n = (y - x') / s`` with y the levels and x' the clamped
-input. These are the eager kernels: a memory pass for each operation is what they cost,
-so they write into their own buffers wherever they can.
+input. These are the eager kernels: a pass over memory for each operation is what they
+cost, so they write into their own buffers wherever they can, and run block by block
+where the estimator needs nothing of a tensor as a whole (``lsq``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gdnsq_fx.quantize.blocks import blocks
 from gdnsq_fx.quantize.estimators import input_factor, step_derivative
 from gdnsq_fx.spec import Estimator
 
@@ -29,26 +31,51 @@ def activation_gradients(
 
     Args:
         x, levels, gradient: input, output and the gradient arriving there, of one shape
-            and in the precision of the step.
+            and in the precision of the step. The gradient of x may be written over the
+            levels.
         step, range_, lower: scalar tensors as in `quantize_activation`.
         estimator: how gradients pass the rounding.
     """
+    scalars = (step, range_, lower)
+    if estimator != "lsq":
+        sums = _activation_block(x, levels, gradient, *scalars, estimator)
+    else:
+        sums = torch.zeros(3, dtype=step.dtype, device=step.device)
+        gradient = _laid_out_like(gradient, x)
+        for (part, over, arriving), _ in blocks((x, levels, gradient), step):
+            sums += _activation_block(part, over, arriving, *scalars, estimator)
+    top, below, noise = sums.unbind()
+    return levels, noise - top, top, top + below
+
+
+def _activation_block(
+    x: Tensor,
+    levels: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    range_: Tensor,
+    lower: Tensor | None,
+    estimator: Estimator,
+) -> Tensor:
+    """Sums of the gradient above and below the clamp and of the noise term, ``[3]``;
+    the gradient of x is written over the levels."""
     high = range_ - step if lower is None else lower + range_ - step
     clamped = torch.minimum(x, high)
     margin = clamped - x
-    passed = _where_zero(gradient, margin)
     top = None
     if lower is not None:  # what cannot be negative is clamped above only
-        top = (gradient - passed).sum()
-        margin = torch.maximum(x, lower)
-        passed = _where_zero(passed, torch.sub(x, margin, out=margin))
-        clamped = torch.maximum(clamped, lower, out=clamped)
+        top = torch.sub(gradient, _where_zero(gradient, margin, margin), out=margin)
+        top = top.sum()
+        torch.maximum(clamped, lower, out=clamped)
+        torch.sub(clamped, x, out=margin)
     error = torch.sub(levels, clamped, out=clamped)
-    grad_step, factor = _estimated(error, gradient, passed, step, estimator, ())
-    grad_lower = torch.sub(gradient, passed, out=clamped).sum()
-    top = grad_lower if top is None else top
-    grad_x = passed if factor is None else passed.mul_(factor)
-    return grad_x, grad_step - top, top, grad_lower
+    passed = _where_zero(gradient, margin, levels)
+    clipped = torch.sub(gradient, passed, out=margin).sum()
+    noise, factor = _estimated(error, gradient, passed, step, estimator, ())
+    if factor is not None:
+        passed.mul_(factor)
+    top = clipped if top is None else top
+    return torch.stack([top, clipped - top, noise])
 
 
 def weight_gradients(
@@ -63,22 +90,37 @@ def weight_gradients(
 
     Args:
         weight, levels, gradient: input, output and the gradient arriving there, of one
-            shape and in the precision of the step.
+            shape and in the precision of the step. The levels may be overwritten.
         step, dims, estimator: as in `quantize_weight`.
     """
-    error = levels - weight
+    if estimator == "lsq":
+        gradient = _laid_out_like(gradient, weight)
+        grad_step = torch.zeros_like(step)
+        for parts, (one, into) in blocks((weight, levels, gradient), step, grad_step):
+            part, level, arriving = parts
+            error = level.sub_(part).mul_(arriving)
+            into.add_(error.sum_to_size(into.shape).div_(one))
+        return gradient, grad_step
+    error = levels.sub_(weight)
     grad_step, factor = _estimated(error, gradient, gradient, step, estimator, dims)
     return gradient if factor is None else gradient * factor, grad_step
 
 
-def _where_zero(gradient: Tensor, margin: Tensor) -> Tensor:
-    """The gradient where a margin, never positive, is 0; it is written over the margin.
+def _laid_out_like(gradient: Tensor, value: Tensor) -> Tensor:
+    """The gradient in the strides of the value, as blocks of both want it."""
+    if gradient.stride() == value.stride():
+        return gradient
+    return torch.empty_like(value).copy_(gradient)
+
+
+def _where_zero(gradient: Tensor, margin: Tensor, into: Tensor) -> Tensor:
+    """The gradient where a margin is 0, else 0.
 
     Comparing into bool and selecting by it is several times slower than the backward of
-    a ReLU, which does both at once. It selects: what is infinite elsewhere stays out.
+    a clamp, which does both at once. It selects: what is infinite elsewhere stays out.
     """
-    return torch.ops.aten.threshold_backward(
-        gradient, margin, -LEAST_NORMAL, grad_input=margin
+    return torch.ops.aten.hardtanh_backward(
+        gradient, margin, -LEAST_NORMAL, LEAST_NORMAL, grad_input=into
     )
 
 

@@ -12,9 +12,12 @@ arithmetic that the integer model uses (`to_codes`, `from_codes`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from gdnsq_fx.quantize.blocks import blocks, is_plain
 from gdnsq_fx.spec import Offset
 
 
@@ -62,40 +65,69 @@ def activation_levels(
     x: Tensor, step: Tensor, range_: Tensor, lower: Tensor | None
 ) -> Tensor:
     """Forward of `quantize_activation`, whose arguments it takes."""
-    value = wide(x, step)
-    top = max_code(step, range_)
-    if lower is None:  # x - 0 is x: two passes over memory less
-        codes = value.div(step).round_().clamp_(min=0.0)
-        return _at_most(codes, top).mul_(step).to(x.dtype)
-    codes = to_codes(value, step, lower).clamp_(min=0.0)
-    return _at_most(codes, top).mul_(step).add_(lower).to(x.dtype)
+    return _levels(wide(x, step), step, lower, max_code(step, range_)).to(x.dtype)
 
 
 def weight_levels(
     weight: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
 ) -> Tensor:
     """Forward of `quantize_weight`, whose arguments it takes."""
-    codes = weight_codes(weight, step, lower, top)
-    return codes.mul_(step).add_(lower).to(weight.dtype)
+    return _levels(wide(weight, step), step, lower, top).to(weight.dtype)
 
 
-def weight_codes(
-    weight: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
+def clamped_codes(
+    value: Tensor, step: Tensor, lower: Tensor | None, top: Tensor | None
 ) -> Tensor:
-    """Whole codes of a weight, as floats; arguments as in `quantize_weight`."""
-    codes = to_codes(wide(weight, step), step, lower).clamp_(min=0.0)
-    return codes if top is None else _at_most(codes, top)
+    """Whole codes, as floats in the precision of the step.
 
-
-def _at_most(codes: Tensor, top: Tensor) -> Tensor:
-    """In the memory of the codes; not for proxies, through which gradients may flow.
-
-    Nor for compilers, which refuse ``out=`` in other strides, and need none of it.
+    Args:
+        value: any shape.
+        step, lower, top: of one shape, broadcastable to the value; a lower bound that
+            is None is 0, a largest code that is None is not enforced.
     """
-    known = isinstance(codes, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
-    if known and not torch.compiler.is_compiling():
-        return torch.minimum(codes, top, out=codes)
-    return torch.minimum(codes, top)
+    value = wide(value, step)
+    if not is_plain(value):
+        return _traced_codes(value, step, lower, top)
+    codes = torch.empty_like(value)
+    for (part, into), (s, low, high) in blocks((value, codes), step, lower, top):
+        _write_codes(part, into, s, low, high)
+    return codes
+
+
+def _levels(
+    value: Tensor, step: Tensor, lower: Tensor | None, top: Tensor | None
+) -> Tensor:
+    if not is_plain(value):
+        codes = _traced_codes(value, step, lower, top).mul_(step)
+        return codes if lower is None else codes.add_(lower)
+    levels = torch.empty_like(value)
+    for (part, into), (s, low, high) in blocks((value, levels), step, lower, top):
+        _write_codes(part, into, s, low, high)
+        into.mul_(s)
+        if low is not None:
+            into.add_(low)
+    return levels
+
+
+def _write_codes(
+    value: Tensor, into: Tensor, step: Any, lower: Tensor | None, top: Tensor | None
+) -> None:
+    if lower is None:  # x - 0 is x
+        torch.div(value, step, out=into)
+    else:
+        torch.sub(value, lower, out=into).div_(step)
+    into.round_().clamp_(min=0.0)
+    if top is not None:
+        torch.minimum(into, top, out=into)
+
+
+def _traced_codes(
+    value: Tensor, step: Tensor, lower: Tensor | None, top: Tensor | None
+) -> Tensor:
+    """Without ``out=``, which compilers refuse in other strides."""
+    steps = value.div(step) if lower is None else value.sub(lower).div_(step)
+    codes = steps.round_().clamp_(min=0.0)
+    return codes if top is None else torch.minimum(codes, top)
 
 
 def wide(value: Tensor, step: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from gdnsq_fx.quantize.capacity import (
     projected_weight,
     weight_capacity,
 )
-from gdnsq_fx.quantize.extremes import Seen, located, with_gradient
+from gdnsq_fx.quantize.extremes import Seen, extremes_of, with_gradient
 from gdnsq_fx.quantize.functions import quantize_weight
-from gdnsq_fx.quantize.levels import snap_offset, weight_codes, wide
+from gdnsq_fx.quantize.levels import clamped_codes, snap_offset, wide
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantSpec
 
@@ -66,7 +66,7 @@ class WeightQuantizer(Quantizer):
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return seen.low, seen.high
         view = self.layout.grouped(weight)
-        return with_gradient(view, seen.low, seen.high, self.dims, seen.places)
+        return with_gradient(view, seen.low, seen.high, self.dims, seen.parts)
 
     def offset(self, weight: Tensor) -> Tensor:
         """Lowest level b of each scale group; no gradient."""
@@ -84,7 +84,7 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
         """Whole codes from 0, as floats, of the weight's shape."""
-        codes = weight_codes(self.layout.grouped(weight), *self._grid(weight))
+        codes = clamped_codes(self.layout.grouped(weight), *self._grid(weight))
         return codes.view_as(weight)
 
     def capacity(self, weight: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class WeightQuantizer(Quantizer):
     def levels(self, weight: Tensor) -> Tensor:
         """Number of levels of each scale group that the weight spans, as floats."""
         self._require_calibration()
-        return weight_codes(self.extremes(weight)[1], *self._grid(weight)) + 1.0
+        return clamped_codes(self.extremes(weight)[1], *self._grid(weight)) + 1.0
 
     @torch.no_grad()
     def project(self, weight: Tensor, cap: float) -> None:
@@ -120,10 +120,10 @@ class WeightQuantizer(Quantizer):
 
     @torch.no_grad()
     def _look(self, weight: Tensor) -> Seen:
-        """Extremes of a weight and where they stand."""
-        low, high, places = located(self.layout.grouped(weight), self.dims)
+        """Extremes of a weight."""
+        low, high, parts = extremes_of(self.layout.grouped(weight), self.dims)
         low, high = wide(low, self.log2_step), wide(high, self.log2_step)
-        return Seen(weakref.ref(weight), weight._version, low, high, places)
+        return Seen(weakref.ref(weight), weight._version, low, high, parts)
 
     def _grid(
         self, weight: Tensor, *, remember: bool = False

@@ -12,7 +12,7 @@ from torch import nn
 
 import gdnsq_fx.quantize.weight_quantizer as weight_quantizer
 from gdnsq_fx.channels import ChannelLayout
-from gdnsq_fx.quantize.extremes import located, with_gradient
+from gdnsq_fx.quantize.extremes import extremes_of, with_gradient
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.spec import QuantSpec
 
@@ -42,19 +42,19 @@ def test_gradients_are_those_of_amin_and_amax(
     per_channel=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_gradients_by_place_reach_one_of_those_that_are_equal(
+def test_gradients_by_parts_reach_one_of_those_that_are_equal(
     seed: int, distinct: int, rows: int, per_channel: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(distinct, (rows, 3, 4), generator=generator).double()
     dims = (1, 2) if per_channel else (0, 1, 2)
-    low, high, places = located(values, dims)
-    assert places is not None
+    low, high, parts = extremes_of(values, dims)
+    assert parts is not None
     assert torch.equal(low, values.amin(dims, keepdim=True))
     assert torch.equal(high, values.amax(dims, keepdim=True))
     by_low, by_high = torch.randn(2, *low.shape, generator=generator).double()
     weight = values.clone().requires_grad_()
-    found = with_gradient(weight, low, high, dims, places)
+    found = with_gradient(weight, low, high, dims, parts)
     loss = (found[0] * by_low + found[1] * by_high).sum()
     (gradient,) = torch.autograd.grad(loss, weight)
     varied = low < high
@@ -66,11 +66,11 @@ def test_gradients_by_place_reach_one_of_those_that_are_equal(
     assert torch.allclose(both, by_low + by_high, rtol=1e-12)
 
 
-def test_no_places_where_groups_are_no_rows() -> None:
+def test_no_parts_where_groups_are_no_rows() -> None:
     weight = torch.randn(3, 4, 5)
-    assert located(weight, (0, 2))[2] is None
-    assert located(weight.transpose(0, 1), (1, 2))[2] is None
-    low, high, _ = located(weight, (0, 2))
+    assert extremes_of(weight, (0, 2))[2] is None
+    assert extremes_of(weight.transpose(0, 1), (1, 2))[2] is None
+    low, high, _ = extremes_of(weight, (0, 2))
     assert torch.equal(low, weight.amin((0, 2), keepdim=True))
     assert torch.equal(high, weight.amax((0, 2), keepdim=True))
 
@@ -87,9 +87,9 @@ def _walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def noting(weight: torch.Tensor, dims: tuple[int, ...]) -> object:
         walks.append(weight.numel())
-        return located(weight, dims)
+        return extremes_of(weight, dims)
 
-    monkeypatch.setattr(weight_quantizer, "located", noting)
+    monkeypatch.setattr(weight_quantizer, "extremes_of", noting)
     monkeypatch.setattr(WeightQuantizer, "extremes", None)
     return walks
 

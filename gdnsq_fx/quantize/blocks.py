@@ -1,0 +1,90 @@
+"""Tensors in blocks that stay in a processor's cache while a chain of operations runs.
+
+Each eager operation passes over its whole tensor, so a chain of six of them moves a
+large tensor through memory six times. Run over one block after the other, all but the
+first read and the last write meet the cache. On other devices, and for tensors that are
+not dense, the only block is the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Elements for each thread: 256 KiB in float32, of which a cache of 1 MB holds three.
+# Smaller ones would leave threads without work: torch gives each 32,768 at least.
+BLOCK = 1 << 16
+# A tensor of no more than these is one block: calls cost more than memory then.
+FEW = 4
+
+Blocks = Iterator[tuple[tuple[Tensor, ...], tuple[Any, ...]]]
+"""Views of tensors, and the part of each scale that belongs to them, or None."""
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a tensor in memory, that may be written to block by block.
+
+    Neither a proxy of a tracer, nor a subclass (fake, distributed), nor anything that a
+    compiler traces.
+    """
+    return type(value) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def blocks(tensors: Sequence[Tensor], scale: Tensor, *others: Tensor | None) -> Blocks:
+    """Corresponding blocks of tensors of one shape, in the order of memory.
+
+    Args:
+        tensors: of one shape.
+        scale: broadcastable to them.
+        others: of the scale's shape, or None.
+
+    Yields:
+        Views of the tensors, ``[r, n]``, and of the scales, ``[r, 1]``; or the whole of
+        both, where that is small or no rows of memory.
+    """
+    first = tensors[0]
+    size = BLOCK * torch.get_num_threads()
+    rows = 1 if scale.numel() == 1 else _rows(first, scale)
+    large = first.numel() > FEW * size and rows > 0
+    if not large or not all(_alike(first, other) for other in tensors):
+        yield tuple(tensors), (scale, *others)
+        return
+    length = first.numel() // rows
+    matrices = [t.as_strided((rows, length), (length, 1)) for t in tensors]
+    columns = [s if s is None else s.reshape(rows, 1) for s in (scale, *others)]
+    height, width = (max(size // length, 1), length) if rows > 1 else (1, size)
+    for top in range(0, rows, height):
+        down = slice(top, top + height)
+        scales = tuple(s if s is None else s[down] for s in columns)
+        for left in range(0, length, width):
+            across = slice(left, left + width)
+            yield tuple(matrix[down, across] for matrix in matrices), scales
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether it fills its memory, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _rows(tensor: Tensor, scale: Tensor) -> int:
+    """How many rows of memory have a scale of their own; 0 where they are no rows."""
+    leading = scale.ndim == tensor.ndim and scale.numel() == scale.shape[0]
+    if not leading or scale.shape[0] != tensor.shape[0]:
+        return 0
+    count = tensor.shape[0]
+    return count if tensor.stride(0) * count == tensor.numel() else 0
+
+
+def _alike(first: Tensor, other: Tensor) -> bool:
+    alike = other.shape == first.shape and other.stride() == first.stride()
+    return alike and other.device.type == "cpu" and is_plain(other) and is_dense(other)
