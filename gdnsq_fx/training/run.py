@@ -119,7 +119,7 @@ class Run:
         loss = self._backward(batches)
         self.engine.average_rest()
         self.precision.unscale(self.optimizer)
-        self.engine.add_gradients(lambda: self._penalty(step))
+        self._add_penalty(self.schedule.growth(step))
         self.constraint.align_gradients(lambda target: self.schedule.cap(step, target))
         norm = clip_gradients(self.qmodel.parameters(), self.max_grad_norm)
         usable = self.guard.is_usable(step, loss, norm)
@@ -150,9 +150,17 @@ class Run:
         self._observe(mean)
         return mean
 
-    def _penalty(self, step: int) -> Tensor:
+    def _add_penalty(self, growth: float) -> None:
+        """Its gradients, where it counts by now; those of the loss are seen before."""
+        if growth > 0.0:
+            self.engine.add_gradients(lambda: self._penalty(growth))
+        else:
+            with self.engine.weights():
+                self.constraint.observe_gradients()
+
+    def _penalty(self, growth: float) -> Tensor:
         self.constraint.observe_gradients()
-        return self.constraint.penalty(self.schedule.growth(step))
+        return self.constraint.penalty(growth)
 
     def _loss(self, batch: Batch) -> Tensor:
         with self.precision.autocast():

@@ -2,13 +2,14 @@
 
     python tests/benchmarks/qat_overhead.py [--quick] [--threads 2] [--no-compile]
 
-A step is forward, loss, backward and Adam; ours holds the penalty and the projection
-besides. All variants of one network take turns, step by step, in one run: what is
-printed are medians, and medians of the ratios to the floating-point step of the same
-round (compiled against compiled). Saved activations are the bytes of distinct storages
-that autograd keeps for backward, those of parameters and buffers left out. Writes its
-tables beside this file, in ``results/``. Needs the extra "test"; Brevitas and torchao
-are measured where they are installed.
+A step is forward, loss, backward and Adam. Ours aligns gradients at the cap and
+projects to the targets besides, as `finetune` does with its defaults; in a row of its
+own it adds the penalty, as where bits come down. All variants of one network take
+turns, step by step, in one run: what is printed are medians, and medians of the ratios
+to the floating-point step of the same round (compiled against compiled). Saved
+activations are the bytes of distinct storages that autograd keeps for backward, those
+of parameters and buffers left out. Writes its tables beside this file, in ``results/``.
+Needs the extra "test"; Brevitas and torchao are measured where they are installed.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Variant:
         owner: the module whose parameters are trained.
         base: name of the variant that it is compared with.
         constraint: of a prepared model.
+        growth: of its penalty; 0: none.
         seconds: of every step.
         saved: bytes that autograd keeps.
     """
@@ -61,6 +63,7 @@ class Variant:
     owner: nn.Module
     base: str
     constraint: Constraint | None = None
+    growth: float = 0.0
     seconds: list[float] = field(default_factory=list)
     saved: int = 0
 
@@ -73,14 +76,18 @@ class Variant:
             return F.cross_entropy(self.model(x), targets)
         with gdnsq_fx.recomputed_levels():
             output = self.model(x)
-        loss = F.cross_entropy(output, targets)
-        self.constraint.observe_loss(loss)
-        return loss + self.constraint.penalty(0.5)
+        return F.cross_entropy(output, targets)
 
     def step(self, x: Tensor, targets: Tensor) -> None:
         """One step of training."""
         self.optimizer.zero_grad()
-        self.loss(x, targets).backward()
+        loss = self.loss(x, targets)
+        loss.backward()
+        if self.constraint is not None:
+            self.constraint.observe_loss(loss)
+            if self.growth:
+                self.constraint.penalty(self.growth).backward()
+            self.constraint.align_gradients(float)
         self.optimizer.step()
         if self.constraint is not None:
             self.constraint.project(float)
@@ -94,6 +101,7 @@ def variants(
     float_base = "floating point"
     made = [Variant(float_base, model, model, float_base)]
     made.append(prepared(model, x, "ours", float_base))
+    made.append(prepared(model, x, "ours, with penalty", float_base, growth=0.5))
     absent: list[str] = []
     for name, build in qat_peers.PEERS.items():
         try:
@@ -114,11 +122,13 @@ def variants(
     return made, absent
 
 
-def prepared(model: nn.Module, x: Tensor, name: str, base: str) -> Variant:
+def prepared(
+    model: nn.Module, x: Tensor, name: str, base: str, growth: float = 0.0
+) -> Variant:
     """Our variant of a model."""
     config = gdnsq_fx.QuantConfig(qat_peers.BITS, qat_peers.BITS)
     qmodel = gdnsq_fx.prepare(model, x[:2], config, [x])
-    return Variant(name, qmodel, qmodel, base, Constraint(qmodel))
+    return Variant(name, qmodel, qmodel, base, Constraint(qmodel), growth)
 
 
 def measure(
@@ -190,6 +200,7 @@ def main_table(networks: tuple[Network, ...], options: argparse.Namespace) -> st
         measure(made, x, targets_of(made[0], x), options.rounds, options.clock)
         rows += rows_of(network, made)
         notes += absent
+        tqdm.write(_markdown(rows, HEADERS))  # lest minutes of work be lost
     absent_lines = "".join(f"\nabsent: {note}" for note in notes)
     return _markdown(rows, HEADERS) + "\n" + absent_lines
 
