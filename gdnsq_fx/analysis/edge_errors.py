@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from gdnsq_fx.analysis.edge_statistics import EdgeStatistics, error_of_codes_
+from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
 from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
@@ -30,7 +30,7 @@ class ErrorSource(Protocol):
 def error_now(quantizer: Quantizer, value: Tensor) -> Tensor:
     """The error with the quantizer as it stands."""
     if isinstance(quantizer, ActivationQuantizer):
-        return error_of_codes_(quantizer.codes(value), quantizer, value)
+        return quantizer.error_of_codes_(quantizer.codes(value), value)
     return quantizer.quantize(value).sub_(value)
 
 

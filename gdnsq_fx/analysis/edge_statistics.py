@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.capacity import (
     capacity_bits,
+    code_counts,
     entropy_bits,
     grouped_entropy_bits,
     sqnr_db,
@@ -18,7 +19,6 @@ from gdnsq_fx.analysis.capacity import (
 from gdnsq_fx.analysis.divergence import vanishing_divergence
 from gdnsq_fx.annotations import EdgeFacts
 from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
-from gdnsq_fx.quantize.levels import from_codes_
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import activation_sites, bit_width, weight_sites
 
@@ -42,10 +42,8 @@ class EdgeStatistics:
     def add_activation(self, quantizer: ActivationQuantizer, value: Tensor) -> Tensor:
         """Take note of a batch; returns its quantization error, of the same shape."""
         codes = quantizer.codes(value)
-        # Small types: a histogram is bound by the memory it reads.
-        kind = torch.uint8 if self.levels <= 256 else torch.int32
-        counts = torch.bincount(codes.reshape(-1).to(kind), minlength=self.levels)
-        error = error_of_codes_(codes, quantizer, value)
+        counts = code_counts(codes, self.levels)
+        error = quantizer.error_of_codes_(codes, value)
         self.counts = self.counts.to(counts.device) + counts
         self.elements += value.numel()
         self.signal = self.signal + sum_of_squares(value)
@@ -84,14 +82,6 @@ class EdgeStatistics:
             clipped=float(self.clipped) / max(self.elements, 1),
             **self.predictions(samples),
         )
-
-
-def error_of_codes_(
-    codes: Tensor, quantizer: ActivationQuantizer, value: Tensor
-) -> Tensor:
-    """Quantized minus exact value, in the memory of its codes."""
-    quantized = from_codes_(codes, quantizer.step, quantizer.offset)
-    return quantized.to(value.dtype).sub_(value)
 
 
 class WeightStatistics(EdgeStatistics):

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from gdnsq_fx.quantize.capacity import MIN_LOG2_STEP, projected_activation
 from gdnsq_fx.quantize.functions import quantize_activation
-from gdnsq_fx.quantize.levels import max_code, snap_offset, to_codes, wide
+from gdnsq_fx.quantize.levels import (
+    from_codes_,
+    max_code,
+    snap_offset,
+    to_codes,
+    wide,
+)
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantSpec
 
@@ -63,9 +69,28 @@ class ActivationQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, value: Tensor) -> Tensor:
         """Whole codes from 0, as floats, of the value's shape."""
-        codes = to_codes(wide(value, self.step), self.step, self.offset)
-        codes = codes.clamp_(min=0.0)
-        return torch.minimum(codes, max_code(self.step, self.range), out=codes)
+        step = self.step
+        value = wide(value, step)
+        if self.nonnegative:  # the lowest level is 0
+            codes = value.div(step).round_()
+        else:
+            codes = to_codes(value, step, self.offset)
+        top = max_code(step, self.range)
+        return torch.minimum(codes.clamp_(min=0.0), top, out=codes)
+
+    @torch.no_grad()
+    def error_of_codes_(self, codes: Tensor, value: Tensor) -> Tensor:
+        """Level of each code minus exact value, in the memory of the codes.
+
+        Args:
+            codes: those of the value; nothing reads them afterwards.
+            value: of any shape; the error has its shape and dtype.
+        """
+        if self.nonnegative:
+            levels = codes.mul_(self.step)
+        else:
+            levels = from_codes_(codes, self.step, self.offset)
+        return levels.to(value.dtype).sub_(value)
 
     @torch.no_grad()
     def clipped(self, value: Tensor) -> Tensor:
@@ -80,9 +105,10 @@ class ActivationQuantizer(Quantizer):
         Those that the clamp moves. A sum of floats takes a fraction of the time that
         comparing and counting takes; it is exact up to 2^24.
         """
-        value, lower = wide(value, self.step), self.offset
+        step = self.step
+        value, lower = wide(value, step), self.offset
         moved = torch.maximum(value, lower)
-        torch.minimum(moved, lower + self.range - self.step, out=moved)
+        torch.minimum(moved, lower + self.range - step, out=moved)
         return moved.ne_(value).sum()
 
     def capacity(self) -> Tensor:
