@@ -18,7 +18,7 @@ from gdnsq_fx.analysis.capacity import (
 )
 from gdnsq_fx.analysis.divergence import vanishing_divergence
 from gdnsq_fx.annotations import EdgeFacts
-from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.activation_grid import ActivationGrid
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import activation_sites, bit_width, weight_sites
 
@@ -39,16 +39,16 @@ class EdgeStatistics:
         self.joint_curvature = 0.0
         self.counts = torch.zeros(levels, dtype=torch.long)
 
-    def add_activation(self, quantizer: ActivationQuantizer, value: Tensor) -> Tensor:
+    def add_activation(self, grid: ActivationGrid, value: Tensor) -> Tensor:
         """Take note of a batch; returns its quantization error, of the same shape."""
-        codes = quantizer.codes(value)
+        codes = grid.codes(value)
         counts = code_counts(codes, self.levels)
-        error = quantizer.error_of_codes_(codes, value)
+        error = grid.error_of_codes_(codes, value)
         self.counts = self.counts.to(counts.device) + counts
         self.elements += value.numel()
         self.signal = self.signal + sum_of_squares(value)
         self.noise = self.noise + sum_of_squares(error)
-        self.clipped = self.clipped + quantizer.clipped_count(value).double()
+        self.clipped = self.clipped + grid.clipped_count(value).double()
         return error
 
     def add_divergence(self, total: float, width: int | None = None) -> None:

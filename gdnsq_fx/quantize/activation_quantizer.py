@@ -7,15 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from gdnsq_fx.quantize.activation_grid import ActivationGrid
 from gdnsq_fx.quantize.capacity import MIN_LOG2_STEP, projected_activation
 from gdnsq_fx.quantize.functions import quantize_activation
-from gdnsq_fx.quantize.levels import (
-    from_codes_,
-    max_code,
-    snap_offset,
-    to_codes,
-    wide,
-)
+from gdnsq_fx.quantize.levels import max_code, snap_offset
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantSpec
 
@@ -67,30 +62,20 @@ class ActivationQuantizer(Quantizer):
         )
 
     @torch.no_grad()
+    def grid(self) -> ActivationGrid:
+        """The levels as they stand now; reads from the device."""
+        step, lower = self.step, self.offset
+        return ActivationGrid(
+            step=step,
+            offset=None if self.nonnegative else lower,
+            top=float(max_code(step, self.range)),
+            lower=lower,
+            upper=lower + self.range - step,
+        )
+
     def codes(self, value: Tensor) -> Tensor:
         """Whole codes from 0, as floats, of the value's shape."""
-        step = self.step
-        value = wide(value, step)
-        if self.nonnegative:  # the lowest level is 0
-            codes = value.div(step).round_()
-        else:
-            codes = to_codes(value, step, self.offset)
-        top = max_code(step, self.range)
-        return torch.minimum(codes.clamp_(min=0.0), top, out=codes)
-
-    @torch.no_grad()
-    def error_of_codes_(self, codes: Tensor, value: Tensor) -> Tensor:
-        """Level of each code minus exact value, in the memory of the codes.
-
-        Args:
-            codes: those of the value; nothing reads them afterwards.
-            value: of any shape; the error has its shape and dtype.
-        """
-        if self.nonnegative:
-            levels = codes.mul_(self.step)
-        else:
-            levels = from_codes_(codes, self.step, self.offset)
-        return levels.to(value.dtype).sub_(value)
+        return self.grid().codes(value)
 
     @torch.no_grad()
     def clipped(self, value: Tensor) -> Tensor:
@@ -98,18 +83,9 @@ class ActivationQuantizer(Quantizer):
         lower = self.offset
         return (value < lower) | (value > lower + self.range - self.step)
 
-    @torch.no_grad()
     def clipped_count(self, value: Tensor) -> Tensor:
-        """How many values are `clipped`, a scalar tensor of the value's precision.
-
-        Those that the clamp moves. A sum of floats takes a fraction of the time that
-        comparing and counting takes; it is exact up to 2^24.
-        """
-        step = self.step
-        value, lower = wide(value, step), self.offset
-        moved = torch.maximum(value, lower)
-        torch.minimum(moved, lower + self.range - step, out=moved)
-        return moved.ne_(value).sum()
+        """How many values are `clipped`, see `ActivationGrid.clipped_count`."""
+        return self.grid().clipped_count(value)
 
     def capacity(self) -> Tensor:
         """log2(q/s), bits per element, differentiable scalar."""
