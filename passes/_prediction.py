@@ -90,19 +90,21 @@ class Prediction:
         drawn: list[list[Products]] = [[] for _ in sources]
         kept: list[Sequence[Tensor | None]] = []
         for number, direction in enumerate(directions, start=1):
-            gradients = probe.gradients(logits, direction, last=number == self.draws)
-            found = probe.products(gradients, size)
+            last = number == self.draws
+            if self._at_width:
+                kept.append(probe.gradients(logits, direction, last=last))
+                found = probe.products_of(kept[-1], size)
+            else:
+                found = probe.products(logits, direction, size, last=last)
             for products, one in zip(drawn, found, strict=True):
                 products.append(one)
-            if self._at_width:
-                kept.append(gradients)
         self._predict(drawn[0], directions, None)
         for errors, products in zip(self._raised, drawn[1:], strict=True):
             self._predict(products, directions, errors.widths)
         del probe  # its errors make room for those at another width
         for errors in self._at_width:
             other, _ = self._run(batch, [errors], grad=False)
-            products = [other.products(gradients, size)[0] for gradients in kept]
+            products = [other.products_of(gradients, size)[0] for gradients in kept]
             self._predict(products, directions, errors.widths)
         return logits.detach()
 
@@ -124,8 +126,7 @@ class Prediction:
         """All edges quantized: slope and curvature of the divergence along each."""
         probe, logits = self._run(batch, [self._now], joint=True)
         slope = divergence_slope(logits, reference, self.curvature)
-        gradients = probe.gradients(logits, slope, last=False)
-        (products,) = probe.products(gradients, size)
+        (products,) = probe.products(logits, slope, size, last=False)
         for edges in _alike(products):
             slopes = _stacked(products, edges).double().sum(1)
             for edge, total in zip(edges, slopes.tolist(), strict=True):
@@ -133,8 +134,7 @@ class Prediction:
         (direction,) = Directions(
             logits, JOINT_DRAWS, self.curvature, self._joint_signs
         )
-        gradients = probe.gradients(logits, direction, last=True)
-        (products,) = probe.products(gradients, size)
+        (products,) = probe.products(logits, direction, size, last=True)
         for edges in _alike(products):
             squares = _stacked(products, edges).double().square().sum(1)
             for edge, total in zip(edges, squares.tolist(), strict=True):

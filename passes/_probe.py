@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,10 +24,12 @@ from gdnsq_fx.sites import sites
 
 from ._base import placeholder_values
 from ._evaluated_norm import affine_norm, is_affine_norm
+from ._memory import written_values
 from ._nested_calls import run_by
+from ._taps import Taps
 
-# A tensor that gradients are taken for, the errors of the sources, the edge.
-Probe = tuple[Tensor, list[Tensor], str]
+# The errors of the sources where a tap is set, and the edge.
+Probe = tuple[list[Tensor], str]
 
 
 class EdgeProbe(Interpreter):
@@ -34,17 +37,18 @@ class EdgeProbe(Interpreter):
 
     An activation edge is probed at the quantizer, a weight edge at the output of the
     operation that reads it, where its error has the effect ``op(x, weight error)``.
-    Values handed on are clones, so that in-place operations do not disturb a probe.
+    Values that may be written into are handed on as clones, so that in-place operations
+    do not disturb a probe.
 
     Each call of a graph inside an opaque module has a probe of its own, which adds to
-    the same list.
+    those of the whole run.
 
     Args:
         graph_module: a prepared one.
         sources: each gives an error of every value that reaches a quantizer.
         joint: run with every edge quantized, gradients passing straight through,
             instead of at identity precision; with the errors of the first source.
-        probes: the list to add to.
+        outer: the probe of the graph that this one is inside of.
     """
 
     def __init__(
@@ -53,12 +57,15 @@ class EdgeProbe(Interpreter):
         sources: Sequence[ErrorSource],
         *,
         joint: bool = False,
-        probes: list[Probe] | None = None,
+        outer: EdgeProbe | None = None,
     ) -> None:
         super().__init__(graph_module)
         self.sources = sources
         self.joint = joint
-        self.probes = [] if probes is None else probes
+        self.probes: list[Probe] = [] if outer is None else outer.probes
+        self._taps = Taps() if outer is None else outer._taps
+        # What an opaque module does with the values of a graph inside is not known.
+        self._written = None if outer else written_values(graph_module)
         self._inside: set[str] = set()
         self._errors: dict[Node, tuple[str, list[Any]]] = {}
 
@@ -74,7 +81,7 @@ class EdgeProbe(Interpreter):
     def _run_inside(
         self, graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        probe = EdgeProbe(graph, self.sources, joint=self.joint, probes=self.probes)
+        probe = EdgeProbe(graph, self.sources, joint=self.joint, outer=self)
         return probe.run(*placeholder_values(graph, args, kwargs))
 
     def run_node(self, n: Node) -> Any:
@@ -96,40 +103,57 @@ class EdgeProbe(Interpreter):
             return value
         return self._output(n, op, value)
 
-    def gradients(
-        self, output: Tensor, direction: Tensor, *, last: bool
-    ) -> tuple[Tensor | None, ...]:
-        """One backward pass: gradients of ``direction' output`` at the probes.
+    def products(
+        self, output: Tensor, direction: Tensor, batch: int, *, last: bool
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """One backward pass: for each source, products of gradient and error.
 
         Args:
             output: of this run.
-            direction: of its shape.
+            direction: of its shape; gradients are those of ``direction' output``.
+            batch: number of samples.
             last: free the graph.
-        """
-        tensors = [tensor for tensor, _, _ in self.probes]
-        return torch.autograd.grad(
-            output, tensors, direction, retain_graph=not last, allow_unused=True
-        )
 
-    def products(
-        self, gradients: Sequence[Tensor | None], batch: int
-    ) -> Sequence[Mapping[str, Tensor]]:
-        """For each source, inner product of gradient and error of each edge.
-
-        Each is ``[batch]`` or ``[1]``. Products of the probes of a shared weight add
-        up, and so do, over all rows, those inside an opaque module, whose rows need not
-        be samples: the sum has the same mean.
+        Returns:
+            By edge, ``[batch]`` or ``[1]``. Products of the probes of a shared weight
+            add up, and so do, over all rows, those inside an opaque module, whose rows
+            need not be samples: the sum has the same mean.
         """
         found: list[dict[str, Tensor]] = [{} for _ in self.sources]
-        for (_, errors, edge), gradient in zip(self.probes, gradients, strict=True):
-            if gradient is None:
-                continue
-            leading = 1 if edge in self._inside else batch
-            # One gradient after another, which stays in the cache for all its errors.
-            for products, error in zip(found, errors, strict=True):
-                product = sample_products(gradient, error, leading)
-                products[edge] = _added(products.get(edge), product)
+        receiver = partial(self._add_products, found, batch)
+        self._taps.backward(output, direction, receiver, last=last)
         return found
+
+    def gradients(
+        self, output: Tensor, direction: Tensor, *, last: bool
+    ) -> Sequence[Tensor | None]:
+        """The gradients of one backward pass, for `products_of` another run."""
+        found: list[Tensor | None] = [None] * len(self.probes)
+        self._taps.backward(output, direction, found.__setitem__, last=last)
+        return found
+
+    def products_of(
+        self, gradients: Sequence[Tensor | None], batch: int
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """The `products` with the errors of this run and gradients of one like it."""
+        found: list[dict[str, Tensor]] = [{} for _ in self.sources]
+        for number, gradient in enumerate(gradients):
+            if gradient is not None:
+                self._add_products(found, batch, number, gradient)
+        return found
+
+    def _add_products(
+        self,
+        found: Sequence[dict[str, Tensor]],
+        batch: int,
+        number: int,
+        gradient: Tensor,
+    ) -> None:
+        errors, edge = self.probes[number]
+        leading = 1 if edge in self._inside else batch
+        products = sample_products(gradient, errors, leading)
+        for known, product in zip(found, products, strict=True):
+            known[edge] = _added(known.get(edge), product)
 
     def _module_of(self, node: Node) -> object:
         return (
@@ -153,9 +177,13 @@ class EdgeProbe(Interpreter):
     def _activation(self, node: Node, quantizer: ActivationQuantizer) -> Tensor:
         value = self._input(node)
         errors = self._errors_of(quantizer, value)
-        probe = _probed(value.clone())
-        self.probes.append((probe, errors, quantizer.edge))
-        return probe + errors[0] if self.joint else probe
+        self.probes.append((errors, quantizer.edge))
+        return self._tapped(value + errors[0] if self.joint else value, node)
+
+    def _tapped(self, value: Tensor, node: Node) -> Tensor:
+        """The value of a node with a tap for the probe noted last."""
+        copy = self._written is None or node in self._written
+        return self._taps.set(value, copy=copy)
 
     @torch.no_grad()
     def _view(self, node: Node, op: OpInfo) -> None:
@@ -170,8 +198,6 @@ class EdgeProbe(Interpreter):
         """Probe each tensor of the output for each weight that the node reads."""
         leaves, structure = tree_flatten(value)
         places = [i for i, leaf in enumerate(leaves) if _is_probed(leaf)]
-        for place in places:
-            leaves[place] = _probed(leaves[place])
         for operand in op.operands(op.bind(node)):
             if not isinstance(operand.value, Node) or operand.value not in self._errors:
                 continue
@@ -180,9 +206,9 @@ class EdgeProbe(Interpreter):
                 tree_leaves(self._effect(node, op, operand, error, value))
                 for error in errors
             ]
-            self.probes += [(leaves[i], [e[i] for e in effects], edge) for i in places]
-        for place in places:
-            leaves[place] = leaves[place].clone()
+            for i in places:
+                self.probes.append(([e[i] for e in effects], edge))
+                leaves[i] = self._tapped(leaves[i], node)
         return tree_unflatten(leaves, structure)
 
     @torch.no_grad()
@@ -241,8 +267,3 @@ def _is_probed(leaf: object) -> bool:
 
 def _difference(moved: Any, value: Any) -> Any:
     return moved - value if _is_probed(moved) else moved
-
-
-def _probed(value: Tensor) -> Tensor:
-    """A tensor that a gradient can be taken for."""
-    return value if value.requires_grad else value.detach().requires_grad_()

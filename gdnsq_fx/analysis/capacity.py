@@ -15,6 +15,8 @@ from torch import Tensor
 MAX_SQNR_DB = 200.0
 FLOAT_BITS = 32
 MAX_BINS = 1 << 24
+PAIRED_LEVELS = 64  # their pairs have counts that stay in the cache
+PAIRED_CODES = 1 << 14
 NORM_ROW = 1 << 12  # short enough for a sum in float32 to be accurate to its last bits
 
 
@@ -26,6 +28,28 @@ def capacity_bits(elements: Tensor, levels: Tensor) -> float:
         levels: levels of each scale group, of a broadcastable shape.
     """
     return float((elements * torch.log2(levels.double())).sum())
+
+
+def code_counts(codes: Tensor, levels: int) -> Tensor:
+    """Occurrences of each whole code 0 .. levels - 1, int64 ``[levels]``.
+
+    Many codes of few levels are counted in pairs: most of the time goes into
+    increments, of which pairs need half as many.
+
+    Args:
+        codes: any shape, whole numbers as floats, below ``levels``.
+        levels: at most 2^16.
+    """
+    flat = codes.reshape(-1)
+    # Converting to a small type takes less time, and so does reading it.
+    kind = torch.int16 if levels <= 1 << 15 else torch.int32
+    half = flat.numel() // 2
+    if levels > PAIRED_LEVELS or half < PAIRED_CODES:
+        return torch.bincount(flat.to(kind), minlength=levels)
+    pairs = torch.add(flat[half : 2 * half], flat[:half], alpha=levels)
+    joint = torch.bincount(pairs.to(kind), minlength=levels**2).view(levels, levels)
+    rest = torch.bincount(flat[2 * half :].to(kind), minlength=levels)
+    return joint.sum(0) + joint.sum(1) + rest
 
 
 def entropy_bits(counts: Tensor) -> float:
@@ -48,11 +72,13 @@ def grouped_entropy_bits(codes: Tensor, groups: int) -> float:
         groups: number of scale groups.
     """
     rows = codes.reshape(groups, -1)
-    alphabets = torch.arange(groups, device=codes.device, dtype=torch.long)
     alphabet = int(rows.max()) + 1
-    shifted = (rows.long() + alphabets.unsqueeze(1) * alphabet).reshape(-1)
-    if groups * alphabet <= MAX_BINS:
-        counts = torch.bincount(shifted).double()
+    few = groups * alphabet <= MAX_BINS  # whole numbers so small are exact as floats
+    kind = torch.float32 if few else torch.float64
+    first = torch.arange(groups, device=codes.device, dtype=kind).mul_(alphabet)
+    shifted = rows.to(kind).add(first.unsqueeze(1)).reshape(-1)
+    if few:
+        counts = torch.bincount(shifted.to(torch.int32)).double()
         counts = counts[counts > 0]
     else:  # many codes, most of them absent: sorting takes less memory
         counts = torch.unique(shifted, return_counts=True)[1].double()

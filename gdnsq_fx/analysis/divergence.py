@@ -9,6 +9,7 @@ that. For random signs v, ``E_v[(v' S' J e)^2] = |S' J e|^2``: one backward pass
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -127,24 +128,30 @@ def vanishing_divergence(slope: float, curvature: float) -> float:
     return slope - curvature
 
 
-def sample_products(gradient: Tensor, error: Tensor, batch: int) -> Tensor:
-    """Inner product of gradient and error for each sample, not squared yet.
+def sample_products(
+    gradient: Tensor, errors: Sequence[Tensor], batch: int
+) -> list[Tensor]:
+    """Inner products of a gradient and errors for each sample, not squared yet.
 
     Args:
-        gradient, error: same shape, ``[B, ...]`` or ``[B*T, ...]``.
+        gradient, errors: same shape, ``[B, ...]`` or ``[B*T, ...]``.
         batch: B.
 
     Returns:
-        ``[B]``, or ``[1]`` where samples do not lead: signs of different samples are
-        independent, so the square of the sum has the same mean, with more variance.
+        For each error ``[B]``, or ``[1]`` where samples do not lead: signs of different
+        samples are independent, so the square of the sum has the same mean, with more
+        variance.
     """
     # [T, B, C] with T a multiple of B leads with time, not with samples.
-    second = error.shape[1] if error.ndim > 1 else 0
-    rows = error.shape[0] if error.ndim else 0
+    second = gradient.shape[1] if gradient.ndim > 1 else 0
+    rows = gradient.shape[0] if gradient.ndim else 0
     leads = rows == batch or (rows > 0 and rows % batch == 0 and second != batch)
     samples = batch if leads else 1
     first = gradient.float().reshape(samples, -1)
-    other = error.float().reshape(samples, -1)
-    if error.is_cpu and first.shape[1] >= LEAST_DOT:
-        return torch.stack(list(map(torch.dot, first, other)))
-    return (first * other).sum(1)
+    others = [error.float().reshape(samples, -1) for error in errors]
+    if not first.is_cpu or first.shape[1] < LEAST_DOT:
+        return [(first * other).sum(1) for other in others]
+    # Sample after sample, which stays in the cache for all its errors.
+    rows_of = zip(first, *others, strict=True)
+    each = [torch.dot(row, one) for row, *ones in rows_of for one in ones]
+    return list(torch.stack(each).view(samples, -1).unbind(1))

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from gdnsq_fx.analysis.edge_statistics import EdgeStatistics, error_of_codes_
+from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
+from gdnsq_fx.quantize.activation_grid import ActivationGrid
 from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
@@ -26,16 +27,8 @@ class ErrorSource(Protocol):
         ...
 
 
-@torch.no_grad()
-def error_now(quantizer: Quantizer, value: Tensor) -> Tensor:
-    """The error with the quantizer as it stands."""
-    if isinstance(quantizer, ActivationQuantizer):
-        return error_of_codes_(quantizer.codes(value), quantizer, value)
-    return quantizer.quantize(value).sub_(value)
-
-
 class ErrorsNow:
-    """The errors with the quantizers as they stand.
+    """The errors with the quantizers as they stand, which must not change meanwhile.
 
     Args:
         keep: compute the error of a parameter once for all batches, which takes the
@@ -46,16 +39,28 @@ class ErrorsNow:
     def __init__(self, *, keep: bool) -> None:
         self._keep = keep
         self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._grids: dict[str, ActivationGrid] = {}
 
+    @torch.no_grad()
     def __call__(self, quantizer: Quantizer, value: Tensor) -> Tensor:
         """The error of one value."""
+        if isinstance(quantizer, ActivationQuantizer):
+            grid = self.grid(quantizer)
+            return grid.error_of_codes_(grid.codes(value), value)
         if not self._keep or not _is_constant(quantizer, value):
-            return error_now(quantizer, value)
+            return quantizer.quantize(value).sub_(value)
         known = self._kept.get(quantizer.edge)
         if known is None or known[0] is not value or known[1] != value._version:
-            known = value, value._version, error_now(quantizer, value)
+            known = value, value._version, quantizer.quantize(value).sub_(value)
             self._kept[quantizer.edge] = known
         return known[2]
+
+    def grid(self, quantizer: ActivationQuantizer) -> ActivationGrid:
+        """The levels of an activation, computed once."""
+        known = self._grids.get(quantizer.edge)
+        if known is None:
+            known = self._grids[quantizer.edge] = quantizer.grid()
+        return known
 
 
 def _is_constant(quantizer: Quantizer, value: Tensor) -> bool:
@@ -78,7 +83,8 @@ class MeasuredErrors:
     def __call__(self, quantizer: Quantizer, value: Tensor) -> Tensor:
         """The error of one value."""
         if isinstance(quantizer, ActivationQuantizer):
-            return self._statistics[quantizer.edge].add_activation(quantizer, value)
+            grid = self._now.grid(quantizer)
+            return self._statistics[quantizer.edge].add_activation(grid, value)
         return self._now(quantizer, value)
 
 

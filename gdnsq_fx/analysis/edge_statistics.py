@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.capacity import (
     capacity_bits,
+    code_counts,
     entropy_bits,
     grouped_entropy_bits,
     sqnr_db,
@@ -17,8 +18,7 @@ from gdnsq_fx.analysis.capacity import (
 )
 from gdnsq_fx.analysis.divergence import vanishing_divergence
 from gdnsq_fx.annotations import EdgeFacts
-from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
-from gdnsq_fx.quantize.levels import from_codes_
+from gdnsq_fx.quantize.activation_grid import ActivationGrid
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import activation_sites, bit_width, weight_sites
 
@@ -39,18 +39,16 @@ class EdgeStatistics:
         self.joint_curvature = 0.0
         self.counts = torch.zeros(levels, dtype=torch.long)
 
-    def add_activation(self, quantizer: ActivationQuantizer, value: Tensor) -> Tensor:
+    def add_activation(self, grid: ActivationGrid, value: Tensor) -> Tensor:
         """Take note of a batch; returns its quantization error, of the same shape."""
-        codes = quantizer.codes(value)
-        # Small types: a histogram is bound by the memory it reads.
-        kind = torch.uint8 if self.levels <= 256 else torch.int32
-        counts = torch.bincount(codes.reshape(-1).to(kind), minlength=self.levels)
-        error = error_of_codes_(codes, quantizer, value)
+        codes = grid.codes(value)
+        counts = code_counts(codes, self.levels)
+        error = grid.error_of_codes_(codes, value)
         self.counts = self.counts.to(counts.device) + counts
         self.elements += value.numel()
         self.signal = self.signal + sum_of_squares(value)
         self.noise = self.noise + sum_of_squares(error)
-        self.clipped = self.clipped + quantizer.clipped_count(value).double()
+        self.clipped = self.clipped + grid.clipped_count(value).double()
         return error
 
     def add_divergence(self, total: float, width: int | None = None) -> None:
@@ -84,14 +82,6 @@ class EdgeStatistics:
             clipped=float(self.clipped) / max(self.elements, 1),
             **self.predictions(samples),
         )
-
-
-def error_of_codes_(
-    codes: Tensor, quantizer: ActivationQuantizer, value: Tensor
-) -> Tensor:
-    """Quantized minus exact value, in the memory of its codes."""
-    quantized = from_codes_(codes, quantizer.step, quantizer.offset)
-    return quantized.to(value.dtype).sub_(value)
 
 
 class WeightStatistics(EdgeStatistics):

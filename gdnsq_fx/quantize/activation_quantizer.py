@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from gdnsq_fx.quantize.activation_grid import ActivationGrid
 from gdnsq_fx.quantize.capacity import MIN_LOG2_STEP, projected_activation
 from gdnsq_fx.quantize.functions import quantize_activation
-from gdnsq_fx.quantize.levels import clamped_codes, max_code, snap_offset, wide
+from gdnsq_fx.quantize.levels import max_code, snap_offset
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantSpec
 
@@ -61,10 +62,20 @@ class ActivationQuantizer(Quantizer):
         )
 
     @torch.no_grad()
+    def grid(self) -> ActivationGrid:
+        """The levels as they stand now; reads from the device."""
+        step, lower = self.step, self.offset
+        return ActivationGrid(
+            step=step,
+            offset=None if self.nonnegative else lower,
+            top=float(max_code(step, self.range)),
+            lower=lower,
+            upper=lower + self.range - step,
+        )
+
     def codes(self, value: Tensor) -> Tensor:
         """Whole codes from 0, as floats, of the value's shape."""
-        lower = None if self.nonnegative else self.offset
-        return clamped_codes(value, self.step, lower, max_code(self.step, self.range))
+        return self.grid().codes(value)
 
     @torch.no_grad()
     def clipped(self, value: Tensor) -> Tensor:
@@ -72,17 +83,9 @@ class ActivationQuantizer(Quantizer):
         lower = self.offset
         return (value < lower) | (value > lower + self.range - self.step)
 
-    @torch.no_grad()
     def clipped_count(self, value: Tensor) -> Tensor:
-        """How many values are `clipped`, a scalar tensor of the value's precision.
-
-        Those that the clamp moves. A sum of floats takes a fraction of the time that
-        comparing and counting takes; it is exact up to 2^24.
-        """
-        value, lower = wide(value, self.step), self.offset
-        moved = torch.maximum(value, lower)
-        torch.minimum(moved, lower + self.range - self.step, out=moved)
-        return moved.ne_(value).sum()
+        """How many values are `clipped`, see `ActivationGrid.clipped_count`."""
+        return self.grid().clipped_count(value)
 
     def capacity(self) -> Tensor:
         """log2(q/s), bits per element, differentiable scalar."""

@@ -10,7 +10,10 @@ import torch
 from gdnsq_fx.analysis import capacity
 from gdnsq_fx.analysis.capacity import (
     MAX_SQNR_DB,
+    PAIRED_CODES,
+    PAIRED_LEVELS,
     capacity_bits,
+    code_counts,
     entropy_bits,
     grouped_entropy_bits,
     sqnr_db,
@@ -59,6 +62,18 @@ def test_each_channel_has_its_own_alphabet() -> None:
     assert grouped_entropy_bits(codes, 1) == pytest.approx(
         entropy_bits(torch.tensor([6, 2]))
     )
+
+
+@pytest.mark.parametrize("count", [0, 7, 2 * PAIRED_CODES, 2 * PAIRED_CODES + 1])
+@pytest.mark.parametrize(
+    "levels", [2, PAIRED_LEVELS - 1, PAIRED_LEVELS, PAIRED_LEVELS + 1, 1 << 16]
+)
+def test_codes_are_counted_one_by_one_or_in_pairs(count: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(levels, (count, 1), generator=generator)
+    codes[:1] = levels - 1
+    wanted = torch.bincount(codes.reshape(-1), minlength=levels)
+    assert torch.equal(code_counts(codes.float(), levels), wanted)
 
 
 def test_grouped_entropy_is_that_of_the_histograms() -> None:

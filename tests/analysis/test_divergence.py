@@ -113,25 +113,30 @@ def test_root_of_a_squared_error_is_the_identity() -> None:
 def test_products_are_summed_within_a_sample_before_squaring() -> None:
     gradient = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     error = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
-    assert sample_products(gradient, error, 2).tolist() == [-1.0, 7.0]
+    first, second = sample_products(gradient, [error, 2.0 * error], 2)
+    assert first.tolist() == [-1.0, 7.0]
+    assert second.tolist() == [-2.0, 14.0]
     # Tokens of one sample lie together: [B*T, ...].
     tokens = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    assert sample_products(tokens, torch.ones(4, 1), 2).tolist() == [3.0, 7.0]
+    (one,) = sample_products(tokens, [torch.ones(4, 1)], 2)
+    assert one.tolist() == [3.0, 7.0]
     # Samples that do not lead: one sum.
-    assert sample_products(torch.ones(3, 2), torch.ones(3, 2), 2).tolist() == [6.0]
-    assert sample_products(torch.tensor(2.0), torch.tensor(3.0), 2).tolist() == [6.0]
+    (one,) = sample_products(torch.ones(3, 2), [torch.ones(3, 2)], 2)
+    assert one.tolist() == [6.0]
+    (one,) = sample_products(torch.tensor(2.0), [torch.tensor(3.0)], 2)
+    assert one.tolist() == [6.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_products_of_many_values_are_those_of_few(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     # Strided, and so large that each sample has a dot product of its own.
-    pair = torch.randn(2, 3, LEAST_DOT, 2, generator=generator).to(dtype)
-    gradient, error = pair.transpose(2, 3)
-    wanted = (gradient.double() * error.double()).flatten(1).sum(1)
-    assert torch.allclose(
-        sample_products(gradient, error, 3).double(), wanted, atol=1e-3, rtol=0.0
-    )
+    triple = torch.randn(3, 3, LEAST_DOT, 2, generator=generator).to(dtype)
+    gradient, *errors = triple.transpose(2, 3)
+    found = sample_products(gradient, errors, 3)
+    for products, error in zip(found, errors, strict=True):
+        wanted = (gradient.double() * error.double()).flatten(1).sum(1)
+        assert torch.allclose(products.double(), wanted, atol=1e-3, rtol=0.0)
 
 
 # --- which output ---

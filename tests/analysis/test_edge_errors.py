@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import gdnsq_fx
-from gdnsq_fx.analysis.edge_errors import ErrorsAt, ErrorsNow, error_now
+from gdnsq_fx.analysis.edge_errors import ErrorsAt, ErrorsNow
 from gdnsq_fx.errors import CalibrationError
 from gdnsq_fx.sites import activation_sites, weight_sites
 
@@ -33,6 +33,7 @@ def _prepared() -> torch.fx.GraphModule:
 def test_the_error_of_a_parameter_is_kept_until_the_parameter_changes() -> None:
     (site,) = weight_sites(_prepared())
     weight, now = site.weight(), ErrorsNow(keep=True)
+    afresh = ErrorsNow(keep=False)
     first = now(site.quantizer, weight)
     assert torch.equal(first, site.quantizer.quantize(weight) - weight)
     assert now(site.quantizer, weight) is first
@@ -40,13 +41,13 @@ def test_the_error_of_a_parameter_is_kept_until_the_parameter_changes() -> None:
         weight.mul_(1.5)
     changed = now(site.quantizer, weight)
     assert not torch.equal(changed, first)
-    assert torch.equal(changed, error_now(site.quantizer, weight))
+    assert torch.equal(changed, afresh(site.quantizer, weight))
     # Another tensor under the same name, as a weight computed from parameters is.
     other = nn.Parameter(weight.detach() + 0.1)
-    assert torch.equal(now(site.quantizer, other), error_now(site.quantizer, other))
+    assert torch.equal(now(site.quantizer, other), afresh(site.quantizer, other))
     computed = weight.detach() * 0.5
     assert now(site.quantizer, computed) is not now(site.quantizer, computed)
-    assert ErrorsNow(keep=False)(site.quantizer, weight) is not changed
+    assert afresh(site.quantizer, weight) is not changed
 
 
 def test_errors_at_another_width_are_kept_apart() -> None:
