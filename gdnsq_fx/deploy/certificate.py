@@ -1,0 +1,256 @@
+"""The certificate: what ran where, on how many inputs, and how far it agreed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from gdnsq_fx.analysis.notation import quantity, shortened
+
+OUTPUTS = "output"
+_NAME = 24
+
+
+@dataclass(frozen=True)
+class EdgeAgreement:
+    """One quantized activation in one runtime, over all inputs.
+
+    Attributes:
+        name: of the edge.
+        codes: how many were compared.
+        differing: from those of the reference on its own.
+        largest: of these differences, in codes.
+        departing: from what the reference makes of this runtime's own codes before;
+            the rest follows from edges further up.
+        rounding: of those departing, by one step where the value before lies within
+            float rounding of a half step.
+    """
+
+    name: str
+    codes: int
+    differing: int
+    largest: int
+    departing: int
+    rounding: int
+
+    @property
+    def wrong(self) -> int:
+        """Codes that no rounding explains."""
+        return self.departing - self.rounding
+
+
+@dataclass(frozen=True)
+class RuntimeAgreement:
+    """One runtime against the reference executor.
+
+    Attributes:
+        name, note: of the runtime.
+        max_difference, mean_difference: of outputs, in their units.
+        relative_difference: the largest as a share of the range of the output.
+        positions: in outputs that have a likeliest class.
+        other_argmax: those of them with another likeliest class.
+        differing_inputs: inputs whose outputs differ by more than float rounding.
+        unexplained_inputs: those of them where no value on the way lies within float
+            rounding of a half step, and those whose outputs do not follow from the
+            codes that the runtime shows.
+        edges: in the order of the graph; empty where codes cannot be seen.
+    """
+
+    name: str
+    note: str
+    max_difference: float
+    mean_difference: float
+    relative_difference: float
+    positions: int
+    other_argmax: int
+    differing_inputs: int
+    unexplained_inputs: int
+    edges: tuple[EdgeAgreement, ...] = ()
+
+    @property
+    def codes(self) -> int:
+        """Codes compared."""
+        return sum(edge.codes for edge in self.edges)
+
+    @property
+    def differing(self) -> int:
+        """Codes that differ from those of the reference."""
+        return sum(edge.differing for edge in self.edges)
+
+    @property
+    def rounding(self) -> int:
+        """Departures by float rounding."""
+        return sum(edge.rounding for edge in self.edges)
+
+    @property
+    def wrong(self) -> int:
+        """Departures that no rounding explains."""
+        return sum(edge.wrong for edge in self.edges)
+
+    @property
+    def largest(self) -> int:
+        """Largest difference in codes."""
+        return max((edge.largest for edge in self.edges), default=0)
+
+    @property
+    def first_edge(self) -> str | None:
+        """The first edge where a code differs, or ``output``; None where none does."""
+        found = (edge.name for edge in self.edges if edge.differing)
+        return next(found, OUTPUTS if self.differing_inputs else None)
+
+    @property
+    def first_wrong(self) -> str | None:
+        """The first edge where rounding does not explain it, or ``output``, or None."""
+        found = (edge.name for edge in self.edges if edge.wrong)
+        return next(found, OUTPUTS if self.unexplained_inputs else None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that differs is float rounding."""
+        return self.first_wrong is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and what follows from them."""
+        derived = ("codes", "differing", "rounding", "wrong", "largest", "ok")
+        names = (*derived, "first_edge", "first_wrong")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Which runtimes compute what the model says; printed as a table.
+
+    Attributes:
+        inputs: how many were compared.
+        runtimes: each against the reference executor.
+        absent: runtime -> why it did not run.
+        trained: the converted model before its levels moved to deployable grids,
+            against the reference; None where the deployable form was given. It shows
+            what the move costs and does not count for `ok`.
+        integer, floating: layers that the reference computed in integers and in
+            floating point.
+        file: ``name``, ``bytes`` and ``sha256`` of the file, empty without one.
+        versions: of the packages.
+        platform: of the machine.
+    """
+
+    inputs: int
+    runtimes: tuple[RuntimeAgreement, ...]
+    absent: Mapping[str, str] = field(default_factory=dict[str, str])
+    trained: RuntimeAgreement | None = None
+    integer: tuple[str, ...] = ()
+    floating: tuple[str, ...] = ()
+    file: Mapping[str, str | int] = field(default_factory=dict[str, "str | int"])
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    platform: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def ok(self) -> bool:
+        """Whether every runtime that ran agrees up to float rounding."""
+        return all(runtime.ok for runtime in self.runtimes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, in types that JSON has."""
+        return {
+            "ok": self.ok,
+            **{name: getattr(self, name) for name in ("inputs", "integer", "floating")},
+            "runtimes": [runtime.to_dict() for runtime in self.runtimes],
+            "absent": dict(self.absent),
+            "trained": None if self.trained is None else self.trained.to_dict(),
+            "file": dict(self.file),
+            "versions": dict(self.versions),
+            "platform": dict(self.platform),
+        }
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` to a file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf-8")
+
+    def __str__(self) -> str:
+        """At most 100 columns."""
+        return "\n".join([_table(self), "", *_facts(self), "", _verdict(self)])
+
+
+def _table(certificate: Certificate) -> str:
+    headers = (
+        "runtime", "other argmax", "largest, of range", "codes differ", "by at most",
+        "rounding", "wrong", "first edge",
+    )  # fmt: skip
+    shown = list(certificate.runtimes)
+    if certificate.trained is not None:
+        shown.append(certificate.trained)
+    return tabulate(
+        [_row(runtime) for runtime in shown],
+        headers,
+        tablefmt="simple",
+        colalign=("left", *["right"] * 6, "left"),
+        disable_numparse=True,
+    )
+
+
+def _row(runtime: RuntimeAgreement) -> list[str]:
+    seen = bool(runtime.edges)
+    return [
+        runtime.name,
+        f"{runtime.other_argmax:,}" if runtime.positions else "",
+        f"{runtime.relative_difference:.1e}",
+        f"{runtime.differing:,}" if seen else "not seen",
+        str(runtime.largest) if seen else "",
+        f"{runtime.rounding:,}" if seen else "",
+        f"{runtime.wrong:,}" if seen else "",
+        shortened(runtime.first_wrong or runtime.first_edge or "", _NAME),
+    ]
+
+
+def _facts(certificate: Certificate) -> list[str]:
+    codes = max((runtime.codes for runtime in certificate.runtimes), default=0)
+    edges = max((len(runtime.edges) for runtime in certificate.runtimes), default=0)
+    rows = [
+        ("inputs", f"{certificate.inputs:,}; {quantity(codes)} codes on {edges} edges"),
+        (
+            "reference",
+            f"{len(certificate.integer)} layers in int64, {len(certificate.floating)} "
+            "in floating point",
+        ),
+    ]
+    if certificate.file:
+        name, size, digest = (
+            certificate.file[key] for key in ("name", "bytes", "sha256")
+        )
+        rows.append(("file", f"{shortened(str(name), 40)}, {size:,} bytes"))
+        rows.append(("sha256", str(digest)))
+    notes = [f"{r.name}: {r.note}" for r in certificate.runtimes if r.note]
+    rows += [("set", note) for note in notes]
+    rows += [("absent", f"{n}: {why}") for n, why in certificate.absent.items()]
+    rows += [("versions", text) for text in _lines(certificate.versions)]
+    rows += [("platform", text) for text in _lines(certificate.platform)]
+    return [f"{name:<10} {shortened(text, 88)}" for name, text in rows]
+
+
+def _lines(entries: Mapping[str, str]) -> list[str]:
+    """``name text, ...``, broken before 88 columns."""
+    lines: list[str] = []
+    for part in (f"{name} {text}" for name, text in entries.items()):
+        if lines and len(lines[-1]) + 2 + len(part) <= 88:
+            lines[-1] += f", {part}"
+        else:
+            lines.append(part)
+    return lines
+
+
+def _verdict(certificate: Certificate) -> str:
+    if certificate.ok:
+        names = ", ".join(runtime.name for runtime in certificate.runtimes)
+        return f"agrees: {names or 'nothing ran'}"
+    parted = [
+        f"{runtime.name} at {runtime.first_wrong}"
+        for runtime in certificate.runtimes
+        if not runtime.ok
+    ]
+    return f"PARTS: {', '.join(parted)}"
