@@ -1,4 +1,4 @@
-"""The command line: ``gdnsq-fx demo``, ``report``, ``export``, ``verify``, ``bench``."""
+"""The command line ``gdnsq-fx``: demo, report, export, verify, bench."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def _add_verify(commands: Commands) -> None:
     verify.set_defaults(run=_verify)
     _add_model(verify)
     add = verify.add_argument
-    add("file", type=Path, nargs="?", help="that export wrote of it; none: no file")
+    # Python before 3.12 takes no optional positional argument behind options.
+    add("--file", type=Path, metavar="FILE", help="that export wrote of it")
     add("--samples", type=positive, default=64, help="to compare (default %(default)s)")
     add("--batch", type=positive, default=16, help="samples at once (%(default)s)")
     add(
