@@ -14,7 +14,7 @@ from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.deploy.edges import CodedEdge
 from gdnsq_fx.deploy.onnx_edges import edge_values
 from gdnsq_fx.deploy.runtimes import Observation, Runtime, Values, tensors
-from gdnsq_fx.errors import BatchStructureError, FileFormatError
+from gdnsq_fx.errors import BatchStructureError, FileFormatError, GdnsqError
 
 ONNX_EXTRA = "gdnsq-fx[onnx]"
 OPENVINO_EXTRA = "gdnsq-fx[openvino]"
@@ -50,13 +50,15 @@ class OnnxRuntime(Runtime):
 
     def outputs(self, values: Values) -> list[Tensor]:
         """As `Runtime.outputs`."""
-        found = self._session.run(None, self._fed(values))
+        with loading(self._path, self.name, "run"):
+            found = self._session.run(None, self._fed(values))
         return [torch.from_numpy(array) for array in found]
 
     def observe(self, values: Values) -> Observation:
         """As `Runtime.observe`."""
         names = [output.name for output in self._seen.get_outputs()]
-        found = self._seen.run(None, self._fed(values))
+        with loading(self._path, self.name, "run"):
+            found = self._seen.run(None, self._fed(values))
         arrays = [torch.from_numpy(array) for array in found]
         by_name = dict(zip(names, arrays, strict=True))
         codes = {edge: by_name[name] for edge, name in self._places.items()}
@@ -90,12 +92,14 @@ class OpenVino(Runtime):
 
     def outputs(self, values: Values) -> list[Tensor]:
         """As `Runtime.outputs`."""
-        found = self._model(self._fed(values))
+        with loading(self._path, self.name, "run"):
+            found = self._model(self._fed(values))
         return [torch.tensor(found[output]) for output in self._model.outputs]
 
     def observe(self, values: Values) -> Observation:
         """As `Runtime.observe`."""
-        found = self._seen(self._fed(values))
+        with loading(self._path, self.name, "run"):
+            found = self._seen(self._fed(values))
         count = len(self._model.outputs)
         outputs = [torch.tensor(found[o]) for o in self._seen.outputs[:count]]
         codes = {e: torch.tensor(found[name]) for e, name in self._places.items()}
@@ -133,11 +137,17 @@ def _arrays(names: Sequence[str], values: Values, path: Path) -> list[Any]:
 
 
 @contextmanager
-def loading(path: Path, runtime: str) -> Generator[None, None, None]:
-    """Name the file and the runtime where one refuses the other."""
+def loading(
+    path: Path, runtime: str, what: str = "load"
+) -> Generator[None, None, None]:
+    """Name the file and the runtime where one refuses the other.
+
+    Raises:
+        FileFormatError: for any error of the runtime.
+    """
     try:
         yield
-    except OSError:
+    except (OSError, GdnsqError):
         raise
     except Exception as error:  # each has error classes of its own
-        raise FileFormatError(f"{runtime} cannot load {path}: {error}") from error
+        raise FileFormatError(f"{runtime} cannot {what} {path}: {error}") from error

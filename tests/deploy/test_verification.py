@@ -1,4 +1,4 @@
-"""A certificate says which runtimes compute what the model says, and where one parts."""
+"""A certificate says which runtimes compute what the model says, and which part."""
 
 from __future__ import annotations
 
