@@ -15,6 +15,12 @@ from gdnsq_fx.analysis.notation import quantity, shortened
 
 OUTPUTS = "output"
 _NAME = 24
+_LEGEND = """
+Against exact integer arithmetic. argmax: other likeliest classes; outputs: largest
+difference, as a share of their range; codes: that differ; most: by how much; rounding:
+codes off by one step where the value before lies within float rounding of a half step;
+wrong: any other code that does not follow from the codes before it.
+"""
 
 
 @dataclass(frozen=True)
@@ -174,13 +180,13 @@ class Certificate:
 
     def __str__(self) -> str:
         """At most 100 columns."""
-        return "\n".join([_table(self), "", *_facts(self), "", _verdict(self)])
+        return "\n".join([_table(self), _LEGEND, *_facts(self), "", _verdict(self)])
 
 
 def _table(certificate: Certificate) -> str:
     headers = (
-        "runtime", "other argmax", "largest, of range", "codes differ", "by at most",
-        "rounding", "wrong", "first edge",
+        "runtime", "argmax", "outputs", "codes", "most", "rounding", "wrong",
+        "first edge",
     )  # fmt: skip
     shown = list(certificate.runtimes)
     if certificate.trained is not None:

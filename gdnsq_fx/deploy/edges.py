@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from gdnsq_fx.deploy.integer import quantize
-from gdnsq_fx.deploy.qdq import calls, deploy_facts
+from gdnsq_fx.deploy.qdq import ACTIVATION_RANGE, calls, deploy_facts
 from gdnsq_fx.stored import attribute, stored_name
 
 KEY = "gdnsq_fx.edge"
@@ -34,6 +34,8 @@ class CodedEdge:
         step: distance of two levels, in the units of that value.
         offset: value of code 0 there.
         factor: how many codes one step is.
+        zero: code of 0 steps.
+        least, most: codes that there are.
     """
 
     name: str
@@ -42,6 +44,9 @@ class CodedEdge:
     step: float
     offset: float = 0.0
     factor: int = 1
+    zero: int = 0
+    least: int = 0
+    most: int = 255
 
     def in_steps(self, value: Tensor) -> Tensor:
         """The value before it is rounded, in steps; float64."""
@@ -87,15 +92,19 @@ def with_codes(model: GraphModule, edges: list[CodedEdge]) -> GraphModule:
 def _coded_edge(model: GraphModule, name: str, codes: Node) -> CodedEdge:
     if codes.target is quantize:
         step, offset = (attribute(model, stored_name(codes, n)) for n in (1, 2))
-        return CodedEdge(name, codes, codes, float(step), float(offset))
+        most: Any = codes.args[3]
+        return CodedEdge(name, codes, codes, float(step), float(offset), most=most)
     last = _quantization(codes)
-    scale = _scale(last)
+    scale, zero = _grid(last)
     level: Any = last.args[0]
     if not _is_moved(level):
-        return CodedEdge(name, codes, last, scale)
-    rounded = _quantization(level.args[0].args[0])
-    step = _scale(rounded)
-    return CodedEdge(name, codes, rounded, step, factor=round(step / scale))
+        return CodedEdge(name, codes, last, scale, zero=zero, most=_largest_code(codes))
+    steps, lowest = level.args[0].args[0], float(level.args[1])
+    rounded = _quantization(steps)
+    step, _ = _grid(rounded)
+    factor, least = round(step / scale), zero + round(lowest / scale)
+    most = least + factor * _largest_code(steps)
+    return CodedEdge(name, codes, rounded, step, 0.0, factor, least, least, most)
 
 
 def _quantization(codes: Any) -> Node:
@@ -117,6 +126,13 @@ def _is_moved(value: Any) -> bool:
     return isinstance(codes, Node) and codes.op != "get_attr" and KEY not in codes.meta
 
 
-def _scale(quantization: Node) -> float:
+def _grid(quantization: Node) -> tuple[float, int]:
+    """Scale and zero point."""
     scale: Any = quantization.args[1]
-    return float(scale)
+    zero: Any = quantization.args[2]
+    return float(scale), int(zero)
+
+
+def _largest_code(codes: Any) -> int:
+    """The bound of the clamp, or what uint8 holds."""
+    return int(codes.kwargs.get("max", ACTIVATION_RANGE[1]))

@@ -150,4 +150,7 @@ def loading(
     except (OSError, GdnsqError):
         raise
     except Exception as error:  # each has error classes of its own
-        raise FileFormatError(f"{runtime} cannot {what} {path}: {error}") from error
+        raise FileFormatError(
+            f"{runtime} cannot {what} {path}: {error}; give the file that was exported "
+            "from this model"
+        ) from error

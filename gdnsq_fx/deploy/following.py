@@ -116,17 +116,27 @@ class FollowingReference(ReferenceExecutor):
         apart = (given.long() - found.long()).abs()
         differing = int((apart > 0).sum())
         if differing:
-            by_rounding = (apart == edge.factor) & near_half(edge, value)
-            departure = Departure(differing, int(by_rounding.sum()))
+            rounding = (apart == edge.factor) & _is_nearest(edge, value, given)
+            departure = Departure(differing, int(rounding.sum()))
             self._departures[edge.name] = departure
 
 
 def near_half(edge: CodedEdge, value: Tensor) -> Tensor:
     """Which values lie within float rounding of the middle between two levels."""
     steps = edge.in_steps(value)
-    largest = steps.abs().amax().clamp(min=1.0) if steps.numel() else 1.0
-    distance = (steps - steps.floor() - 0.5).abs()
-    return distance <= FLOAT_ROUNDING * largest
+    return (steps - steps.floor() - 0.5).abs() <= _rounding(steps)
+
+
+def _is_nearest(edge: CodedEdge, value: Tensor, codes: Tensor) -> Tensor:
+    """Which codes are those of a level nearest to their value, up to float rounding."""
+    steps = edge.in_steps(value)
+    levels = (codes.double() - edge.zero) / edge.factor
+    near = (steps - levels).abs() <= 0.5 + _rounding(steps)
+    return near & (codes >= edge.least) & (codes <= edge.most)
+
+
+def _rounding(steps: Tensor) -> Tensor | float:
+    return FLOAT_ROUNDING * (steps.abs().amax() if steps.numel() else 0.0)
 
 
 def batch_size(values: Values) -> int:

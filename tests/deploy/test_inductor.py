@@ -57,7 +57,7 @@ def test_int8_kernels_are_used_and_right() -> None:
     assert found.ok, str(found)
     (one,) = found.runtimes
     assert [edge.name for edge in one.edges] == ["conv.input", "fc.input"]
-    spread = float((got.max() - got.min()))
+    spread = float(got.max() - got.min())
     assert one.max_difference <= 0.05 * spread
 
 

@@ -216,16 +216,19 @@ def _flipped(value: float, by: int) -> Any:
 
 
 def test_a_rounding_is_shown_and_not_failed() -> None:
-    found = _flipped(100.5, 1)  # rounds half to even: 100
+    found = _flipped(100.4999, 1)
     (one,) = found.runtimes
     assert (one.edges[0].differing, one.edges[0].rounding, one.wrong) == (1, 1, 0)
     # What follows differs, and is not held against the edges that follow.
     assert one.differing > 1 and one.edges[1].departing == 0
     assert one.first_edge == "conv.input" and one.first_wrong is None
-    assert one.ok and found.ok and one.differing_inputs == 1
+    assert one.ok and found.ok
 
 
-@pytest.mark.parametrize(("value", "by"), [(100.5, 2), (100.5, -1), (100.4, 1)])
+@pytest.mark.parametrize(
+    ("value", "by"),
+    [(100.4999, 2), (100.4999, -1), (100.4, 1), (-300.5, 1), (300.5, -1)],
+)
 def test_any_other_code_fails(value: float, by: int) -> None:
     found = _flipped(value, by)
     (one,) = found.runtimes
@@ -324,5 +327,5 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     x = _X[:, 0, 0, :4]
     qmodel = gdnsq_fx.prepare(nn.Linear(4, 2), x, calibration=[x])
     other = gdnsq_fx.convert(qmodel, deployable=True)
-    with pytest.raises(FileFormatError, match="another model"):
+    with pytest.raises(FileFormatError, match="exported from this model"):
         gdnsq_fx.verify(other, path, [x], runtimes=["onnxruntime"], progress=False)
