@@ -1,7 +1,7 @@
 """A model in deployable form on the int8 kernels of torch's own compiler, inductor.
 
-Its patterns of int8 layers are registered by an import of torchao, and match weights
-that are constants: ``freezing``, without gradients. A compiled graph may write into its
+Its patterns of int8 layers are registered by an import of torchao (for all of torch, so
+it is imported when asked for and not before), and match weights that are constants: ``freezing``, without gradients. A compiled graph may write into its
 inputs where a residual starts at one, so it is given copies.
 """
 
@@ -43,9 +43,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.kernels: dict[str, int] = {}
         # Sizes as they are: patterns of int8 layers do not match symbolic ones.
-        self._compiled: Any = torch.compile(
-            model, dynamic=False, options={"freezing": True}
-        )
+        self._compiled: Any = torch.compile(model, dynamic=False)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,11 +52,17 @@ class CompiledModel(nn.Module):
         Raises:
             CompilerError: inductor fails, or there is no C++ compiler.
         """
+        from torch._dynamo.exc import BackendCompilerFailed
+        from torch._inductor import config as inductor_config
+
         given, named = tree_map(_copied, (args, kwargs))
         before = _matched()
         try:
-            output = self._compiled(*given, **named)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+            # Around the call, for that is when it compiles; as an option of
+            # torch.compile it ends before the packed weights are computed.
+            with inductor_config.patch(freezing=True):
+                output = self._compiled(*given, **named)
+        except BackendCompilerFailed as error:
             cause = str(error).strip().partition("\n")[0]
             raise CompilerError(
                 f"inductor cannot compile the model: {cause}"
