@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node
 
 from gdnsq_fx.deploy.edges import CodedEdge
 from gdnsq_fx.deploy.reference import Integers, ReferenceExecutor
-from gdnsq_fx.deploy.runtimes import Observation, Values, copied, tensors
+from gdnsq_fx.deploy.runtimes import Observation, Values, tensors
+from gdnsq_fx.state import cloned
 
 # Of the largest magnitude in a tensor: some sixty roundings of float32.
 FLOAT_ROUNDING = 2.0**-18
@@ -84,7 +85,7 @@ class FollowingReference(ReferenceExecutor):
     def _run(self, values: Values, codes: Mapping[str, Tensor]) -> list[Tensor]:
         self._given, self._codes = codes, {}
         try:
-            return tensors(self.run(*copied(values)))
+            return tensors(self.run(*cloned(values)))
         finally:
             self._values.clear()
 

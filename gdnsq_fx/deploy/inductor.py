@@ -1,8 +1,9 @@
 """A model in deployable form on the int8 kernels of torch's own compiler, inductor.
 
 Its patterns of int8 layers are registered by an import of torchao (for all of torch, so
-it is imported when asked for and not before), and match weights that are constants: ``freezing``, without gradients. A compiled graph may write into its
-inputs where a residual starts at one, so it is given copies.
+it is imported when asked for and not before). They match weights that are constants:
+``freezing``, without gradients. A compiled graph may write into its inputs where a
+residual starts at one, so it is given copies.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from collections import Counter
 from typing import Any, cast, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 
 from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.deploy.qdq import deploy_facts
 from gdnsq_fx.errors import CompilerError
+from gdnsq_fx.state import cloned
 
 EXTRA = "gdnsq-fx[inductor]"
 _PATTERNS = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
@@ -55,7 +56,7 @@ class CompiledModel(nn.Module):
         from torch._dynamo.exc import BackendCompilerFailed
         from torch._inductor import config as inductor_config
 
-        given, named = tree_map(_copied, (args, kwargs))
+        given, named = cloned((args, kwargs))
         before = _matched()
         try:
             # Around the call, for that is when it compiles; as an option of
@@ -110,10 +111,6 @@ def compile_int8(
     compiled = CompiledModel(model)
     compiled(*args, **kwargs)
     return compiled
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _matched() -> Counter[str]:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from gdnsq_fx.deploy.edges import CodedEdge, with_codes
 from gdnsq_fx.deploy.inductor import CompiledModel, compile_int8, require_inductor
+from gdnsq_fx.state import cloned
 
 Values = Sequence[Any]
 """One value for each placeholder of the graph, in its order."""
@@ -62,13 +63,13 @@ class TorchRuntime(Runtime):
     @torch.no_grad()
     def outputs(self, values: Values) -> list[Tensor]:
         """As `Runtime.outputs`."""
-        return tensors(self._model(*copied(values)))
+        return tensors(self._model(*cloned(values)))
 
     @torch.no_grad()
     def observe(self, values: Values) -> Observation:
         """As `Runtime.observe`."""
         recorder = _Recorder(self._model, self._edges)
-        outputs = tensors(recorder.run(*copied(values)))
+        outputs = tensors(recorder.run(*cloned(values)))
         return Observation(outputs, recorder.codes)
 
 
@@ -119,11 +120,3 @@ class _Recorder(Interpreter):
 def tensors(output: Any) -> list[Tensor]:
     """The tensors of a model's output, in the order of its structure."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def copied(values: Values) -> list[Any]:
-    """Copies: a model may write into its inputs."""
-    return [
-        tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
-        for value in values
-    ]
