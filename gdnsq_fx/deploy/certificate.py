@@ -188,11 +188,12 @@ def _table(certificate: Certificate) -> str:
         "runtime", "argmax", "outputs", "codes", "most", "rounding", "wrong",
         "first edge",
     )  # fmt: skip
-    shown = list(certificate.runtimes)
+    rows = [_row(runtime) for runtime in certificate.runtimes]
     if certificate.trained is not None:
-        shown.append(certificate.trained)
+        # Other levels have no codes to compare, and nowhere to part.
+        rows.append([*_row(certificate.trained)[:-1], ""])
     return tabulate(
-        [_row(runtime) for runtime in shown],
+        rows,
         headers,
         tablefmt="simple",
         colalign=("left", *["right"] * 6, "left"),
@@ -255,8 +256,9 @@ def _verdict(certificate: Certificate) -> str:
         names = ", ".join(runtime.name for runtime in certificate.runtimes)
         return f"agrees: {names or 'nothing ran'}"
     parted = [
-        f"{runtime.name} at {runtime.first_wrong}"
+        f"{runtime.name} at {runtime.first_wrong} ({runtime.wrong:,} codes, outputs of "
+        f"{runtime.unexplained_inputs:,} inputs)"
         for runtime in certificate.runtimes
         if not runtime.ok
     ]
-    return f"PARTS: {', '.join(parted)}"
+    return "\n".join(f"PARTS: {one}" for one in parted)
