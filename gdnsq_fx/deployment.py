@@ -188,6 +188,7 @@ def verify(
         verification.certificate(),
         absent=absent,
         file={} if file is None else installed.file_facts(file),
+        weights=None if file is None else installed.file_weights(model, file),
         versions=installed.package_versions(),
         platform=installed.platform_facts(),
     )

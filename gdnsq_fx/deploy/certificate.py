@@ -129,6 +129,21 @@ class RuntimeAgreement:
 
 
 @dataclass(frozen=True)
+class WeightAgreement:
+    """Codes of weights in a file against those of the model.
+
+    Attributes:
+        codes: how many were compared.
+        differing: edge -> how many of its codes differ, in the order of the graph.
+        unseen: edges whose codes the file holds in another form, or not.
+    """
+
+    codes: int
+    differing: Mapping[str, int] = field(default_factory=dict[str, int])
+    unseen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Certificate:
     """Which runtimes compute what the model says; printed as a table.
 
@@ -139,6 +154,7 @@ class Certificate:
         trained: the converted model before its levels moved to deployable grids,
             against the reference; None where the deployable form was given. It shows
             what the move costs and does not count for `ok`.
+        weights: codes of weights in the file; None without a file, or without onnx.
         integer, floating: layers that the reference computed in integers and in
             floating point.
         file: ``name``, ``bytes`` and ``sha256`` of the file, empty without one.
@@ -150,6 +166,7 @@ class Certificate:
     runtimes: tuple[RuntimeAgreement, ...]
     absent: Mapping[str, str] = field(default_factory=dict[str, str])
     trained: RuntimeAgreement | None = None
+    weights: WeightAgreement | None = None
     integer: tuple[str, ...] = ()
     floating: tuple[str, ...] = ()
     file: Mapping[str, str | int] = field(default_factory=dict[str, "str | int"])
@@ -158,8 +175,9 @@ class Certificate:
 
     @property
     def ok(self) -> bool:
-        """Whether every runtime that ran agrees up to float rounding."""
-        return all(runtime.ok for runtime in self.runtimes)
+        """Whether all runtimes that ran agree up to float rounding, and all weights."""
+        weights = self.weights is None or not self.weights.differing
+        return weights and all(runtime.ok for runtime in self.runtimes)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, in types that JSON has."""
@@ -169,6 +187,7 @@ class Certificate:
             "runtimes": [runtime.to_dict() for runtime in self.runtimes],
             "absent": dict(self.absent),
             "trained": None if self.trained is None else self.trained.to_dict(),
+            "weights": None if self.weights is None else asdict(self.weights),
             "file": dict(self.file),
             "versions": dict(self.versions),
             "platform": dict(self.platform),
@@ -232,6 +251,8 @@ def _facts(certificate: Certificate) -> list[str]:
         )
         rows.append(("file", f"{shortened(str(name), 40)}, {size:,} bytes"))
         rows.append(("sha256", str(digest)))
+    if certificate.weights is not None:
+        rows.append(("weights", _weights(certificate.weights)))
     notes = [f"{r.name}: {r.note}" for r in certificate.runtimes if r.note]
     rows += [("set", note) for note in notes]
     rows += [("absent", f"{n}: {why}") for n, why in certificate.absent.items()]
@@ -251,14 +272,25 @@ def _lines(entries: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def _weights(weights: WeightAgreement) -> str:
+    wrong = sum(weights.differing.values())
+    unseen = (
+        f", {len(weights.unseen)} weights in another form" if weights.unseen else ""
+    )
+    return f"{wrong:,} of {weights.codes:,} codes in the file differ{unseen}"
+
+
 def _verdict(certificate: Certificate) -> str:
     if certificate.ok:
         names = ", ".join(runtime.name for runtime in certificate.runtimes)
         return f"agrees: {names or 'nothing ran'}"
-    parted = [
-        f"{runtime.name} at {runtime.first_wrong} ({runtime.wrong:,} codes, outputs of "
-        f"{runtime.unexplained_inputs:,} inputs)"
-        for runtime in certificate.runtimes
-        if not runtime.ok
-    ]
-    return "\n".join(f"PARTS: {one}" for one in parted)
+    weights = certificate.weights.differing if certificate.weights is not None else {}
+    lines = [f"PARTS: the file at {n} ({c:,} codes)" for n, c in weights.items()]
+    for one in certificate.runtimes:
+        if one.ok:
+            continue
+        counted = [f"{one.wrong:,} codes"] if one.wrong else []
+        if one.unexplained_inputs:
+            counted.append(f"outputs of {one.unexplained_inputs:,} inputs")
+        lines.append(f"PARTS: {one.name} at {one.first_wrong} ({', '.join(counted)})")
+    return "\n".join(lines)

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from torch.fx import GraphModule
 
+from gdnsq_fx.deploy.certificate import WeightAgreement
 from gdnsq_fx.deploy.edges import CodedEdge
 from gdnsq_fx.deploy.file_runtimes import OnnxRuntime, OpenVino
+from gdnsq_fx.deploy.file_weights import compare_weights
 from gdnsq_fx.deploy.runtimes import InductorRuntime, Runtime, TorchRuntime
 from gdnsq_fx.errors import CompilerError, ConfigError, MissingExtraError
 
@@ -107,6 +109,14 @@ def file_facts(path: Path) -> dict[str, str | int]:
         "bytes": os.path.getsize(path),
         "sha256": digest.hexdigest(),
     }
+
+
+def file_weights(model: GraphModule, path: Path) -> WeightAgreement | None:
+    """Weights in a file against a model's; None where the file cannot be read here."""
+    try:
+        return compare_weights(model, path)
+    except MissingExtraError:
+        return None
 
 
 def _of_file(path: Path) -> dict[str, Callable[[Path, Sequence[CodedEdge]], Runtime]]:

@@ -82,6 +82,8 @@ def test_torch_and_onnxruntime_agree(bits: int, tmp_path: Path) -> None:
         assert one.positions == 48 and one.wrong == 0
         assert one.relative_difference < 0.02
     assert len(found.integer) == 3 and found.floating == ()
+    weights = 8 * 27 + 8 * 72 + 5 * 8
+    assert (found.weights.codes, found.weights.differing) == (weights, {})
 
 
 def test_what_was_trained_stands_beside_it() -> None:
@@ -160,6 +162,9 @@ def test_a_changed_code_of_a_weight_is_found(
     assert own.ok and not file.ok and not found.ok
     assert file.first_wrong == file.first_edge == first
     assert f"PARTS: onnxruntime at {first}" in str(found)
+    changed = ("conv.weight", "mid.weight", "fc.weight")[layer]
+    assert found.weights.differing == {changed: 1} and found.weights.unseen == ()
+    assert f"PARTS: the file at {changed} (1 codes)" in str(found)
     if first == "output":
         assert file.wrong == 0 and file.unexplained_inputs > 0
 
