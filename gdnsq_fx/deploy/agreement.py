@@ -1,98 +1,129 @@
-"""How far the outputs of one runtime lie from those of another, batch after batch."""
+"""How far one runtime, or one file, agrees with the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from gdnsq_fx.deploy.following import FLOAT_ROUNDING
+OUTPUTS = "output"
 
 
-@dataclass
-class OutputTally:
-    """Sums over batches; the memory it takes does not grow with their number.
+@dataclass(frozen=True)
+class EdgeAgreement:
+    """One quantized activation in one runtime, over all inputs.
 
     Attributes:
-        largest: difference, in the units of the output.
-        relative: the same as a share of the range of the reference's output.
-        positions: that have a likeliest class.
-        other_argmax: those of them where another class is the likeliest.
+        name: of the edge.
+        codes: how many were compared.
+        differing: from those of the reference on its own.
+        largest: of these differences, in codes.
+        departing: from what the reference makes of this runtime's own codes before;
+            the rest follows from edges further up.
+        rounding: of those departing, by one step where the value before lies within
+            float rounding of a half step.
     """
 
-    largest: float = 0.0
-    positions: int = 0
-    other_argmax: int = 0
-    _total: float = 0.0
-    _elements: int = 0
-    _each: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
+    name: str
+    codes: int
+    differing: int
+    largest: int
+    departing: int
+    rounding: int
 
     @property
-    def mean(self) -> float:
-        """Mean difference of all elements."""
-        return self._total / max(self._elements, 1)
-
-    @property
-    def relative(self) -> float:
-        """Of several outputs, that which differs most in terms of its range."""
-        shares = [
-            worst / (high - low) if high > low else worst
-            for worst, low, high in self._each.values()
-        ]
-        return max(shares, default=0.0)
-
-    def add(self, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-        """Count the outputs of one batch, of equal structure and shapes."""
-        for place, (one, other) in enumerate(zip(got, wanted, strict=True)):
-            if not other.numel():
-                continue
-            apart = distances(one, other)
-            worst = float(apart.max())
-            self.largest = max(self.largest, worst)
-            self._total += float(apart.sum())
-            self._elements += apart.numel()
-            kept = self._each.setdefault(place, [0.0, torch.inf, -torch.inf])
-            finite = other[torch.isfinite(other)].double()
-            kept[0] = max(kept[0], worst)
-            if finite.numel():
-                kept[1] = min(kept[1], float(finite.min()))
-                kept[2] = max(kept[2], float(finite.max()))
-            self._add_classes(one, other)
-
-    def _add_classes(self, one: Tensor, other: Tensor) -> None:
-        # Dense maps have their classes in dimension 1.
-        dim = 1 if other.ndim >= 4 else other.ndim - 1
-        if other.ndim < 2 or other.shape[dim] < 2 or not other.is_floating_point():
-            return
-        differs = one.argmax(dim) != other.argmax(dim)
-        self.positions += differs.numel()
-        self.other_argmax += int(differs.sum())
+    def wrong(self) -> int:
+        """Codes that no rounding explains."""
+        return self.departing - self.rounding
 
 
-def distances(got: Tensor, wanted: Tensor) -> Tensor:
-    """Absolute differences in float64; infinite where one alone is no number."""
-    one, other = got.double(), wanted.double()
-    same = (one == other) | (one.isnan() & other.isnan())
-    apart = torch.where(same, 0.0, (one - other).abs())
-    return torch.where(apart.isnan(), torch.inf, apart)
+@dataclass(frozen=True)
+class RuntimeAgreement:
+    """One runtime against the reference executor.
 
-
-def same_inputs(got: Sequence[Tensor], wanted: Sequence[Tensor], count: int) -> Tensor:
-    """Which inputs of a batch have equal outputs up to float rounding, bool ``[B]``.
-
-    An output whose dimension 0 is not the batch counts for every input.
+    Attributes:
+        name, note: of the runtime.
+        max_difference, mean_difference: of outputs, in their units.
+        relative_difference: the largest as a share of the range of the output.
+        positions: in outputs that have a likeliest class.
+        other_argmax: those of them with another likeliest class.
+        differing_inputs: inputs whose outputs differ by more than float rounding.
+        unexplained_inputs: those of them where no value on the way lies within float
+            rounding of a half step, and those whose outputs do not follow from the
+            codes that the runtime shows.
+        edges: in the order of the graph; empty where codes cannot be seen.
     """
-    same = torch.ones(count, dtype=torch.bool)
-    for one, other in zip(got, wanted, strict=True):
-        if not other.numel():
-            continue
-        finite = other[torch.isfinite(other)].double()
-        size = float(finite.abs().max()) if finite.numel() else 0.0
-        close = distances(one, other) <= FLOAT_ROUNDING * size
-        if other.ndim and other.shape[0] == count:
-            same &= close.reshape(count, -1).all(1)
-        else:
-            same &= close.all()
-    return same
+
+    name: str
+    note: str
+    max_difference: float
+    mean_difference: float
+    relative_difference: float
+    positions: int
+    other_argmax: int
+    differing_inputs: int
+    unexplained_inputs: int
+    edges: tuple[EdgeAgreement, ...] = ()
+
+    @property
+    def codes(self) -> int:
+        """Codes compared."""
+        return sum(edge.codes for edge in self.edges)
+
+    @property
+    def differing(self) -> int:
+        """Codes that differ from those of the reference."""
+        return sum(edge.differing for edge in self.edges)
+
+    @property
+    def rounding(self) -> int:
+        """Departures by float rounding."""
+        return sum(edge.rounding for edge in self.edges)
+
+    @property
+    def wrong(self) -> int:
+        """Departures that no rounding explains."""
+        return sum(edge.wrong for edge in self.edges)
+
+    @property
+    def largest(self) -> int:
+        """Largest difference in codes."""
+        return max((edge.largest for edge in self.edges), default=0)
+
+    @property
+    def first_edge(self) -> str | None:
+        """The first edge where a code differs, or ``output``; None where none does."""
+        found = (edge.name for edge in self.edges if edge.differing)
+        return next(found, OUTPUTS if self.differing_inputs else None)
+
+    @property
+    def first_wrong(self) -> str | None:
+        """The first edge where rounding does not explain it, or ``output``, or None."""
+        found = (edge.name for edge in self.edges if edge.wrong)
+        return next(found, OUTPUTS if self.unexplained_inputs else None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that differs is float rounding."""
+        return self.first_wrong is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and what follows from them."""
+        derived = ("codes", "differing", "rounding", "wrong", "largest", "ok")
+        names = (*derived, "first_edge", "first_wrong")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class WeightAgreement:
+    """Codes of weights in a file against those of the model.
+
+    Attributes:
+        codes: how many were compared.
+        differing: edge -> how many of its codes differ, in the order of the graph.
+        unseen: edges whose codes the file holds in another form, or not.
+    """
+
+    codes: int
+    differing: Mapping[str, int] = field(default_factory=dict[str, int])
+    unseen: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.annotations import facts
-from gdnsq_fx.deploy.certificate import WeightAgreement
+from gdnsq_fx.deploy.agreement import WeightAgreement
 from gdnsq_fx.deploy.file_runtimes import ONNX_EXTRA, loading
 from gdnsq_fx.deploy.qdq import is_weight
 from gdnsq_fx.stored import attribute, stored_name

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.fx import GraphModule
 
-from gdnsq_fx.deploy.certificate import WeightAgreement
+from gdnsq_fx.deploy.agreement import WeightAgreement
 from gdnsq_fx.deploy.edges import CodedEdge
 from gdnsq_fx.deploy.file_runtimes import OnnxRuntime, OpenVino
 from gdnsq_fx.deploy.file_weights import compare_weights

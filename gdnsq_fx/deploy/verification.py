@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from gdnsq_fx.deploy.agreement import OutputTally, same_inputs
-from gdnsq_fx.deploy.certificate import Certificate, EdgeAgreement, RuntimeAgreement
+from gdnsq_fx.deploy.agreement import EdgeAgreement, RuntimeAgreement
+from gdnsq_fx.deploy.certificate import Certificate
 from gdnsq_fx.deploy.edges import CodedEdge
 from gdnsq_fx.deploy.following import FollowingReference, batch_size
+from gdnsq_fx.deploy.output_tally import OutputTally, same_inputs
 from gdnsq_fx.deploy.runtimes import Observation, Runtime, TorchRuntime, Values
 from gdnsq_fx.errors import BatchStructureError, FileFormatError
 
