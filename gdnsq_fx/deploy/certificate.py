@@ -165,12 +165,18 @@ def _verdict(certificate: Certificate) -> str:
         names = ", ".join(runtime.name for runtime in certificate.runtimes)
         return f"agrees: {names or 'nothing ran'}"
     weights = certificate.weights.differing if certificate.weights is not None else {}
-    lines = [f"PARTS: the file at {n} ({c:,} codes)" for n, c in weights.items()]
+    lines = [
+        f"PARTS: the file at {n} ({_counted(c, 'code')})" for n, c in weights.items()
+    ]
     for one in certificate.runtimes:
         if one.ok:
             continue
-        counted = [f"{one.wrong:,} codes"] if one.wrong else []
+        counted = [_counted(one.wrong, "code")] if one.wrong else []
         if one.unexplained_inputs:
-            counted.append(f"outputs of {one.unexplained_inputs:,} inputs")
+            counted.append(f"outputs of {_counted(one.unexplained_inputs, 'input')}")
         lines.append(f"PARTS: {one.name} at {one.first_wrong} ({', '.join(counted)})")
     return "\n".join(lines)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("s" if number != 1 else "")

@@ -90,7 +90,7 @@ def package_versions() -> dict[str, str]:
 def platform_facts() -> dict[str, str]:
     """The machine, as far as results can depend on it."""
     return {
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
@@ -134,6 +134,8 @@ def _of_file(path: Path) -> dict[str, Callable[[Path, Sequence[CodedEdge]], Runt
 def _check_names(
     wanted: Sequence[str] | None, makers: dict[str, Callable[[], Runtime]]
 ) -> None:
+    if wanted is not None and not wanted:
+        raise ConfigError(f"no runtime is named; choose from {', '.join(makers)}")
     for name in wanted or ():
         if name not in makers:
             readers = {n for kinds in FILE_RUNTIMES.values() for n in kinds}

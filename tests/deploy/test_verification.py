@@ -164,7 +164,7 @@ def test_a_changed_code_of_a_weight_is_found(
     assert f"PARTS: onnxruntime at {first}" in str(found)
     changed = ("conv.weight", "mid.weight", "fc.weight")[layer]
     assert found.weights.differing == {changed: 1} and found.weights.unseen == ()
-    assert f"PARTS: the file at {changed} (1 codes)" in str(found)
+    assert f"PARTS: the file at {changed} (1 code)" in str(found)
     if first == "output":
         assert file.wrong == 0 and file.unexplained_inputs > 0
 
@@ -308,6 +308,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         _verified(imodel, runtimes=["onnxruntime"])
     with pytest.raises(ConfigError, match="'tensorrt' is not known"):
         _verified(imodel, runtimes=["tensorrt"])
+    with pytest.raises(ConfigError, match="no runtime is named"):
+        _verified(imodel, runtimes=[])
     with pytest.raises(BatchStructureError, match="no batches"):
         gdnsq_fx.verify(imodel, None, [], runtimes=["torch"], progress=False)
     with pytest.raises(FileNotFoundError, match=r"absent\.onnx"):
