@@ -129,6 +129,30 @@ def test_batches_with_targets_are_streamed() -> None:
     assert most <= 2
 
 
+def test_names_of_edges_in_the_file(tmp_path: Path) -> None:
+    """They are names alone: the file returns what the model returns, and no codes."""
+    imodel = _converted(4, offset="free")
+    path = _exported(imodel, tmp_path)
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(path)
+    assert len(model.graph.output) == 1
+    made = {name: node.op_type for node in model.graph.node for name in node.output}
+    for edge in _EDGES:
+        assert made[f"{edge}.codes"] in ("QuantizeLinear", "Min", "Clip")
+    assert "Identity" not in made.values()
+    (entry,) = model.metadata_props
+    assert json.loads(entry.value) == {edge: f"{edge}.codes" for edge in _EDGES}
+    entry.value = "[]"
+    onnx.save(model, path)
+    with pytest.raises(FileFormatError, match="not a mapping of names"):
+        _verified(imodel, path)
+    model.metadata_props.pop()
+    onnx.save(model, path)
+    found = _verified(imodel, path)
+    assert found.ok and found.runtimes[1].edges == ()
+    assert "not seen" in str(found)
+
+
 # --- what parts ---
 
 
