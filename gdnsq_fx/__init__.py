@@ -20,13 +20,15 @@ from gdnsq_fx.analysis.report import CapacityReport
 from gdnsq_fx.api import allocate, analyze, assign_bits, prepare
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.channels import ChannelLayout
-from gdnsq_fx.deployment import convert, export, load, save
+from gdnsq_fx.deploy.certificate import Certificate
+from gdnsq_fx.deployment import compile, convert, export, load, save, verify
 from gdnsq_fx.errors import (
     BatchStructureError,
     BudgetError,
     CalibrationError,
     CaptureError,
     CheckpointError,
+    CompilerError,
     ConfigError,
     DeviceMismatchError,
     FileFormatError,
@@ -71,8 +73,10 @@ __all__ = [
     "CapacityReport",
     "CapacityTracker",
     "CaptureError",
+    "Certificate",
     "ChannelLayout",
     "CheckpointError",
+    "CompilerError",
     "ConfigError",
     "Coverage",
     "DeviceMismatchError",
@@ -106,6 +110,7 @@ __all__ = [
     "allocate",
     "analyze",
     "assign_bits",
+    "compile",
     "convert",
     "distillation_loss",
     "export",
@@ -119,5 +124,6 @@ __all__ = [
     "save",
     "squared_distillation_loss",
     "use_kernels",
+    "verify",
     "with_teacher_outputs",
 ]

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
+from tqdm.auto import tqdm
 
 from gdnsq_fx.annotations import ModelFacts, model_facts
-from gdnsq_fx.deploy import checkpoint
+from gdnsq_fx.deploy import checkpoint, installed
+from gdnsq_fx.deploy.certificate import Certificate
+from gdnsq_fx.deploy.edges import coded_edges
+from gdnsq_fx.deploy.inductor import CompiledModel, compile_int8
 from gdnsq_fx.deploy.onnx import write_onnx
 from gdnsq_fx.deploy.qdq import is_deployable
+from gdnsq_fx.deploy.verification import Verification
 from gdnsq_fx.errors import NothingToQuantizeError, NotQuantizedError, PatternError
 from gdnsq_fx.inputs import ExampleInput, InputStructure
 from gdnsq_fx.opinfo import OpTable
@@ -21,6 +31,7 @@ from gdnsq_fx.passes import (
     FreezeQuantizers,
     LowerToInteger,
     LowerToQdq,
+    placeholder_values,
     release_masks,
     run_passes,
 )
@@ -88,9 +99,7 @@ def export(
     Raises:
         PassError: not a converted model. MissingExtraError: install gdnsq-fx[onnx].
     """
-    model = copy.deepcopy(imodel).eval()
-    if not is_deployable(model):
-        model = run_passes(model, _DEPLOYABLE)
+    model = _deployable(imodel)
     args, kwargs = InputStructure.of(example_input).args_kwargs(example_input)
     return write_onnx(model, path, args, kwargs)
 
@@ -130,3 +139,98 @@ def load(
     release_masks(skeleton, contents.masks)
     checkpoint.place_levels(skeleton, contents)
     return checkpoint.fill(convert(skeleton), contents)
+
+
+def verify(
+    imodel: GraphModule,
+    path: str | os.PathLike[str] | None = None,
+    batches: Iterable[Any] = (),
+    *,
+    runtimes: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Certificate:
+    """Show that what runs computes what the model says, code by code.
+
+    Every runtime is compared with the reference executor, whose layers are exact
+    integer arithmetic (``deploy/reference.py``), on the CPU: its outputs as users run
+    it, and the integer codes of every quantized activation. A code off by one step
+    where the value before lies within float rounding of a half step is counted as
+    rounding; what follows from it is followed; anything else fails.
+
+    Args:
+        imodel: what `convert` or `load` returned, in either form; left as it was.
+        path: a file that `export` wrote of it; None: runtimes that need no file.
+        batches: inputs, or inputs and targets, as for `finetune`. One at a time is
+            held in memory.
+        runtimes: of "torch", "inductor", "onnxruntime" and "openvino"; None: all that
+            are installed, the others are listed as absent.
+        progress: show a bar.
+
+    Returns:
+        A `Certificate`: print it, ask whether it is ``ok``, write it as JSON.
+
+    Raises:
+        PassError: not a converted model.
+        BatchStructureError: no batches, or of another structure than the example.
+        ConfigError: an unknown runtime, or a file that no runtime reads.
+        FileNotFoundError, FileFormatError: no file, or not one of this model.
+        MissingExtraError: a runtime that was named is not installed.
+        CompilerError: inductor fails.
+    """
+    model = _deployable(imodel).cpu()
+    edges = coded_edges(model)
+    file = None if path is None else Path(path)
+    opened, absent = installed.open_runtimes(model, edges, file, runtimes)
+    trained = None if is_deployable(imodel) else copy.deepcopy(imodel).eval().cpu()
+    verification = Verification(model, edges, opened, trained)
+    verification.add(_values(model, batches, progress))
+    return replace(
+        verification.certificate(),
+        absent=absent,
+        file={} if file is None else installed.file_facts(file),
+        weights=None if file is None else installed.file_weights(model, file),
+        versions=installed.package_versions(),
+        platform=installed.platform_facts(),
+    )
+
+
+def compile(imodel: GraphModule, example_input: ExampleInput) -> CompiledModel:
+    """Compile a converted model to the int8 kernels of inductor, on the CPU.
+
+    Args:
+        imodel: what `convert` or `load` returned, in either form; left as it was.
+        example_input: as for `prepare`, of the size that the model will be given:
+            each other size is compiled when it first comes.
+
+    Returns:
+        A module that is called as the model is, without gradients; ``kernels`` counts
+        the layers that became int8 kernels.
+
+    Raises:
+        PassError: not a converted model.
+        MissingExtraError: install gdnsq-fx[inductor].
+        CompilerError: inductor fails, as without a C++ compiler.
+    """
+    args, kwargs = InputStructure.of(example_input).args_kwargs(example_input)
+    return compile_int8(_deployable(imodel), args, kwargs)
+
+
+def _deployable(imodel: GraphModule) -> GraphModule:
+    """A copy in deployable form and in evaluation."""
+    model = copy.deepcopy(imodel).eval()
+    return model if is_deployable(model) else run_passes(model, _DEPLOYABLE)
+
+
+def _values(
+    model: GraphModule, batches: Iterable[Any], progress: bool
+) -> Iterator[list[Any]]:
+    """Of each batch, one value for each placeholder, on the CPU."""
+    inputs = model_facts(model).inputs
+    for item in tqdm(batches, desc="verify", unit="batch", disable=not progress):
+        batch = inputs.split(item)
+        args, kwargs = tree_map(_on_cpu, (batch.args, batch.kwargs))
+        yield placeholder_values(model, args, kwargs)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value

@@ -67,6 +67,10 @@ class CheckpointError(GdnsqError, RuntimeError):
     """A fine-tuning run cannot be resumed: its checkpoint is of another run."""
 
 
+class CompilerError(GdnsqError, RuntimeError):
+    """A compiler or runtime outside this library failed on a deployed model."""
+
+
 class MissingExtraError(GdnsqError, ImportError):
     """An optional dependency is not installed; the message names the extra."""
 

@@ -17,5 +17,6 @@ from passes import LowerToInteger as LowerToInteger
 from passes import LowerToQdq as LowerToQdq
 from passes import Pass as Pass
 from passes import PropagateShapes as PropagateShapes
+from passes import placeholder_values as placeholder_values
 from passes import release_masks as release_masks
 from passes import run_passes as run_passes

@@ -11,7 +11,7 @@ if __name__ != "gdnsq_fx.passes":
         "(in a checkout, first run: pip install -e .)"
     )
 
-from ._base import Pass
+from ._base import Pass, placeholder_values
 from ._masks import release_masks
 from ._pipeline import run_passes
 from .analyze_capacity import AnalyzeCapacity
@@ -41,6 +41,7 @@ __all__ = [
     "LowerToQdq",
     "Pass",
     "PropagateShapes",
+    "placeholder_values",
     "release_masks",
     "run_passes",
 ]

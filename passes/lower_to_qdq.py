@@ -25,7 +25,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from gdnsq_fx.annotations import model_facts
+from gdnsq_fx.annotations import facts, model_facts
+from gdnsq_fx.deploy.edges import name_edge
 from gdnsq_fx.deploy.grids import Int8Weight, Uint8Grid, int8_weight, uint8_grid
 from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.deploy.qdq import (
@@ -163,6 +164,7 @@ def _lower_activations(owner: GraphModule, notes: _Notes) -> None:
         offset = float(attribute(owner, stored_name(node, 2)))
         max_code: Any = node.args[3]
         grid = uint8_grid(step, offset, max_code)
+        edge, codes = facts(reader).layer or _edge(owner, name), node
         if reader.args[3] is not torch.float32:
             notes.kept[_edge(owner, name)] = f"computed in {reader.args[3]}"
         elif grid is None:
@@ -171,12 +173,14 @@ def _lower_activations(owner: GraphModule, notes: _Notes) -> None:
             )
         else:
             notes.move(_edge(owner, name), grid.moved)
-            _emit_activation(owner, node, reader, grid, offset)
+            codes = _emit_activation(owner, node, reader, grid, offset)
+        name_edge(codes, edge)
 
 
 def _emit_activation(
     owner: GraphModule, node: Node, reader: Node, grid: Uint8Grid, offset: float
-) -> None:
+) -> Node:
+    """The node of the codes that layers read."""
     value = node.args[0]
     with owner.graph.inserting_before(node):
         if grid.is_direct:
@@ -195,6 +199,7 @@ def _emit_activation(
         user.replace_input_with(reader, level)
     owner.graph.erase_node(reader)
     owner.graph.erase_node(node)
+    return codes
 
 
 def _codes(

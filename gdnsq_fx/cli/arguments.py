@@ -42,6 +42,15 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(size for size in sizes if size is not None)
 
 
+def dimension(text: str) -> tuple[str, int]:
+    """``NAME=SIZE``: a dimension that a file leaves open."""
+    name, _, size = text.partition("=")
+    value = _whole(size)
+    if not name or value is None or value < 1:
+        raise ArgumentTypeError(f"NAME=SIZE, such as sequence=128; not {text!r}")
+    return name, value
+
+
 def model_name(text: str) -> tuple[str, str]:
     """``torchvision:NAME``, ``timm:NAME`` or ``MODULE:CALLABLE``, as its two parts."""
     source, colon, name = text.partition(":")

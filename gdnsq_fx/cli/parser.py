@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gdnsq_fx import __version__
 from gdnsq_fx.cli.arguments import bits, model_name, not_negative, positive, shape
+from gdnsq_fx.cli.deployment_parser import add_deployment
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[  # pyright: ignore[reportPrivateUsage]
@@ -36,6 +37,7 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
     _add_demo(commands)
     _add_report(commands)
+    add_deployment(commands)
     return parser
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
-from collections.abc import Generator
-from contextlib import contextmanager
-from pathlib import Path
 
 from gdnsq_fx import api
 from gdnsq_fx.cli.data import random_samples, read_samples
 from gdnsq_fx.cli.models import LIBRARIES, build_model, load_weights
+from gdnsq_fx.cli.surroundings import check_writable, current_folder_first, warn
 from gdnsq_fx.demo.seeding import seeded
-from gdnsq_fx.errors import ConfigError
 from gdnsq_fx.spec import QuantConfig
 
 
@@ -23,17 +19,17 @@ def run_report(given: Namespace) -> None:
         GdnsqError, OSError: as they say.
     """
     for path in (given.html, given.json):
-        _check_writable(path)
-    with _current_folder_first(), seeded(given.seed):
+        check_writable(path)
+    with current_folder_first(), seeded(given.seed):
         model = build_model(*given.model).eval()
         if given.weights is not None:
             load_weights(model, given.weights)
         elif given.model[0] in LIBRARIES:
-            _warn("no --weights: the model's weights are random")
+            warn("no --weights: the model's weights are random")
         if given.data is not None:
             samples = read_samples(given.data, given.input, given.samples, given.seed)
         else:
-            _warn("no --data: random numbers, which say little about real data")
+            warn("no --data: random numbers, which say little about real data")
             samples = random_samples(given.input, given.samples)
         config = QuantConfig(
             weight_bits=given.weight_bits or given.bits,
@@ -49,28 +45,3 @@ def run_report(given: Namespace) -> None:
         report.to_json(given.json)
     if given.html is not None:
         report.to_html(given.html)
-
-
-def _check_writable(path: Path | None) -> None:
-    """Before minutes of work, not after."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a file in it")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
-
-
-def _warn(message: str) -> None:
-    print(f"gdnsq-fx: warning: {message}", file=sys.stderr)
-
-
-@contextmanager
-def _current_folder_first() -> Generator[None, None, None]:
-    """As with ``python -m``; the console script alone would not find it."""
-    before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path[:] = before

@@ -24,7 +24,8 @@ def quantize(value: Tensor, step: Tensor, offset: Tensor, max_code: int) -> Tens
     Returns:
         uint8 where ``max_code`` < 256, else int32.
     """
-    codes = to_codes(wide(value, step), step, offset).clamp_(0.0, max_code)
+    # Two floats: torch.onnx cannot decompose bounds of two types.
+    codes = to_codes(wide(value, step), step, offset).clamp_(0.0, float(max_code))
     return codes.to(code_dtype(max_code))
 
 

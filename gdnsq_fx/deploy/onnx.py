@@ -12,6 +12,8 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from gdnsq_fx.analysis.extras import required
+from gdnsq_fx.deploy.edges import coded_edges, with_codes
+from gdnsq_fx.deploy.onnx_edges import name_edges
 from gdnsq_fx.deploy.qdq import deploy_facts
 
 OPSET = 21
@@ -42,8 +44,9 @@ def write_onnx(
     deploy_facts(model)
     required("onnx", "writing ONNX", _EXTRA)
     required("onnxscript", "writing ONNX", _EXTRA)
+    edges = coded_edges(model)
     program = torch.onnx.export(
-        model.eval(),
+        with_codes(model.eval(), edges),
         args,
         kwargs=kwargs,
         dynamo=True,
@@ -52,6 +55,7 @@ def write_onnx(
         verbose=False,
     )
     assert program is not None  # only the old exporter, which writes itself, has none
+    name_edges(program, [edge.name for edge in edges])
     program.save(path)
     return os.path.getsize(path)
 
