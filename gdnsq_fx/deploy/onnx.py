@@ -11,8 +11,8 @@ from torch.export import Dim
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.deploy.qdq import deploy_facts
+from gdnsq_fx.extras import required
 
 OPSET = 21
 _EXTRA = "gdnsq-fx[onnx]"
