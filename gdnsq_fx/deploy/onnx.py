@@ -2,70 +2,82 @@
 
 from __future__ import annotations
 
-import os
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.export import Dim
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 
+from gdnsq_fx.deploy.onnx_storage import EXTRA, onnx_ir, pack_weights, shrink
+from gdnsq_fx.deploy.program import Example, exported
 from gdnsq_fx.deploy.qdq import deploy_facts
+from gdnsq_fx.errors import ExportError
 from gdnsq_fx.extras import required
 
 OPSET = 21
-_EXTRA = "gdnsq-fx[onnx]"
+# One message of protobuf holds less than 2 GiB; leave room for the graph.
+_LARGEST = 1_800_000_000
 
 
 def write_onnx(
-    model: GraphModule,
-    path: str | os.PathLike[str],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> int:
-    """Write a model in deployable form.
+    model: GraphModule, example: Example, path: Path, *, packed: bool = True
+) -> None:
+    """Write a model in deployable form; above 1.8 GB, weights go to ``path.data``.
 
     Args:
         model: in evaluation.
+        example: inputs to export with.
         path: file to write.
-        args, kwargs: an example of its inputs, with a batch of two samples or more;
-            dimension 0 of each tensor becomes the batch, of any size.
-
-    Returns:
-        Size of the file in bytes.
+        packed: weights below 8 bits are stored in their bits, and unpacked by
+            operations that a runtime folds at load; False: all as int8.
 
     Raises:
         PassError: not in deployable form.
+        ExportError: ``torch.export`` or ``torch.onnx`` refuses the model.
         MissingExtraError: ``onnx`` or ``onnxscript`` is not installed.
     """
     deploy_facts(model)
-    required("onnx", "writing ONNX", _EXTRA)
-    required("onnxscript", "writing ONNX", _EXTRA)
-    program = torch.onnx.export(
-        model.eval(),
-        args,
-        kwargs=kwargs,
-        dynamo=True,
-        opset_version=OPSET,
-        dynamic_shapes=_batches(model, args, kwargs),
-        verbose=False,
-    )
-    assert program is not None  # only the old exporter, which writes itself, has none
-    program.save(path)
-    return os.path.getsize(path)
+    written = onnx_model(model, example)
+    if packed:
+        pack_weights(written)
+    save(written, path)
 
 
-def _batches(
-    model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Which dimensions vary: the first of every tensor, by name of the input."""
-    names = [str(n.target) for n in model.graph.find_nodes(op="placeholder")]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {name: tree_map(_first, value) for name, value in given.items()}
+def onnx_model(model: GraphModule, example: Example) -> Any:
+    """An ``onnx_ir.Model`` of a model in evaluation."""
+    required("onnx", "writing ONNX", EXTRA)
+    required("onnxscript", "writing ONNX", EXTRA)
+    program = exported(model, example)
+    try:
+        with _quiet():
+            found = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, verbose=False
+            )
+    # The exporter lets pass what its decompositions and translations raise.
+    except Exception as error:
+        raise ExportError(f"torch.onnx refuses the model: {error}") from error
+    assert found is not None  # only the old exporter, which writes itself, has none
+    return found.model
 
 
-def _first(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.ndim:
-        return {0: Dim.DYNAMIC}
-    return None
+def save(model: Any, path: Path) -> None:
+    """Write an ``onnx_ir.Model``, without what no runtime reads."""
+    shrink(model)
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    beside = f"{path.name}.data" if size > _LARGEST else None
+    onnx_ir().save(model, path, external_data=beside)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remark that torchvision's operations are not there."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
