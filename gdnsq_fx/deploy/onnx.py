@@ -63,9 +63,9 @@ def onnx_model(model: GraphModule, example: Example) -> Any:
     return found.model
 
 
-def save(model: Any, path: Path) -> None:
-    """Write an ``onnx_ir.Model``, without what no runtime reads."""
-    shrink(model)
+def save(model: Any, path: Path, *, shapes: bool = False) -> None:
+    """Write an ``onnx_ir.Model``; ``shapes`` of inner values if they are asked for."""
+    shrink(model, shapes=shapes)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values())
     beside = f"{path.name}.data" if size > _LARGEST else None
     onnx_ir().save(model, path, external_data=beside)

@@ -41,20 +41,22 @@ def onnx_ir() -> Any:
 def pack_weights(model: Any) -> None:
     """Replace int8 initializers of an ``onnx_ir.Model`` by packed ones, in place."""
     graph = model.graph
-    for value in list(graph.initializers.values()):
+    prefix = _free_prefix(graph)
+    for index, value in enumerate(list(graph.initializers.values())):
         tensor = value.const_value
         if tensor.dtype.name != "INT8" or tensor.size < _OVERHEAD:
             continue
         codes = torch.tensor(tensor.numpy())
         found = affine_codes(codes, _channel_axis(value))
         if found.size + _OVERHEAD < codes.numel():
-            _replace(graph, value, found)
+            _replace(value, found, _Writer(graph, f"{prefix}{index}"))
 
 
-def shrink(model: Any) -> None:
+def shrink(model: Any, *, shapes: bool = False) -> None:
     """Take out of an ``onnx_ir.Model`` what no runtime reads, and what is there twice.
 
-    Notes of the exporter, shapes of inner values, equal initializers.
+    Notes of the exporter, equal initializers, and shapes of inner values unless they
+    are asked for.
     """
     ir = onnx_ir()
     ir.passes.common.DeduplicateHashedInitializersPass()(model)
@@ -64,7 +66,7 @@ def shrink(model: Any) -> None:
     inner = [value for node in model.graph for value in node.outputs]
     for value in (*inner, *model.graph.initializers.values()):
         value.metadata_props.clear()
-        if id(value) not in outputs:
+        if not shapes and id(value) not in outputs:
             value.type = value.shape = None
 
 
@@ -79,16 +81,25 @@ def _channel_axis(value: Any) -> int | None:
     return None
 
 
-def _replace(graph: Any, value: Any, found: AffineCodes) -> None:
-    writer = _Writer(graph, value.name)
+def _free_prefix(graph: Any) -> str:
+    """What no name starts with; short, for names are most of what a node takes."""
+    values = [value for node in graph for value in node.outputs]
+    names = {v.name for v in (*values, *graph.inputs, *graph.initializers.values())}
+    prefix = "p"
+    while any(name.startswith(prefix) for name in names):
+        prefix += "_"
+    return prefix
+
+
+def _replace(value: Any, found: AffineCodes, writer: _Writer) -> None:
     codes = writer.affine(writer.levels(found), found)
     value.replace_all_uses_with(codes)
-    graph.initializers.pop(value.name)
+    writer.graph.initializers.pop(value.name)
     codes.name = value.name
 
 
 class _Writer:
-    """Emits nodes before all others of a graph, named after one weight."""
+    """Emits nodes before all others of a graph; ``name`` starts names of values."""
 
     def __init__(self, graph: Any, name: str) -> None:
         self.ir = onnx_ir()
@@ -110,6 +121,7 @@ class _Writer:
         node = self.ir.node(op_type, inputs, attributes)
         node.outputs[0].name = self._next_name()
         self.graph.insert_before(self.first, node)
+        node.name = None  # the graph has given it one, which is only more to store
         return node.outputs[0]
 
     def _next_name(self) -> str:
@@ -139,7 +151,8 @@ class _Writer:
         # ONNX multiplies int8, runtimes do not.
         value = self._as("INT32", levels)
         for op_type, factor in (("Mul", found.factor), ("Add", found.least)):
-            stored = self.constant(factor.reshape(shape))
+            one = bool((factor == factor[0]).all())
+            stored = self.constant(factor[0] if one else factor.reshape(shape))
             value = self.call(op_type, value, self._as("INT32", stored))
         value = self._as("INT8", value)
         if not found.whole.numel():

@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_map
 from gdnsq_fx.errors import ExportError
 from gdnsq_fx.inputs import batch_size
 
+# What torch adds to every message of its own.
+_ADVICE = "\n\nThe error above occurred when calling torch.export"
+
 
 @dataclass(frozen=True, eq=False)
 class Example:
@@ -39,10 +42,8 @@ def exported(model: GraphModule, example: Example) -> ExportedProgram:
     """
     if not example.dynamic_batch:
         return _exported(model, example)
-    # torch takes a size of 1 for a constant.
-    several = _repeated(example)
     try:
-        return _exported(model, several)
+        return _exported(model, example)
     except ExportError as error:
         fixed = Example(example.args, example.kwargs, dynamic_batch=False)
         _exported(model, fixed)  # where this fails as well, the batch is not the cause
@@ -63,20 +64,24 @@ def write_program(model: GraphModule, example: Example, path: Path) -> None:
 
 
 def _exported(model: GraphModule, example: Example) -> ExportedProgram:
-    shapes = _dynamic_shapes(model, example) if example.dynamic_batch else None
+    args, kwargs = _copied(example)
+    shapes = _dynamic_shapes(model, args, kwargs) if example.dynamic_batch else None
     try:
         with torch.no_grad():
             return torch.export.export(
-                model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False
+                model, args, kwargs, dynamic_shapes=shapes, strict=False
             )
     # torch raises what its own passes and the model's operations happen to raise.
     except Exception as error:
-        raise ExportError(f"torch.export refuses the model: {error}") from error
+        cause = str(error).partition(_ADVICE)[0].strip()
+        raise ExportError(f"torch.export refuses the model: {cause}") from error
 
 
-def _dynamic_shapes(model: GraphModule, example: Example) -> dict[str, Any]:
+def _dynamic_shapes(
+    model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """Which dimensions vary, by name of the input."""
-    size = batch_size(example.args, example.kwargs)
+    size = batch_size(args, kwargs)
 
     def first(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim and value.shape[0] == size:
@@ -84,19 +89,22 @@ def _dynamic_shapes(model: GraphModule, example: Example) -> dict[str, Any]:
         return None
 
     names = [str(n.target) for n in model.graph.find_nodes(op="placeholder")]
-    given = {**dict(zip(names, example.args, strict=False)), **example.kwargs}
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     return {name: tree_map(first, value) for name, value in given.items()}
 
 
-def _repeated(example: Example) -> Example:
-    """The example with two samples where it has one."""
-    if batch_size(example.args, example.kwargs) != 1:
-        return example
+def _copied(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs as tensors of their own: torch notes dynamic sizes on what it gets.
 
-    def twice(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1:
-            return torch.cat([value, value])
-        return value
+    Where any batch is to do and the example has one sample, it is there twice: torch
+    takes a size of 1 for a constant.
+    """
+    alone = batch_size(example.args, example.kwargs) == 1 and example.dynamic_batch
 
-    args, kwargs = tree_map(twice, (example.args, example.kwargs))
-    return Example(args, kwargs)
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        twice = alone and value.ndim and value.shape[0] == 1
+        return torch.cat([value, value]) if twice else value.detach().clone()
+
+    return tree_map(copied, (example.args, example.kwargs))

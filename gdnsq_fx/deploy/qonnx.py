@@ -60,7 +60,8 @@ def write_qonnx(model: GraphModule, example: Example, path: Path) -> None:
         ExportError: ``torch.export`` or ``torch.onnx`` refuses the model.
         MissingExtraError: ``onnx`` or ``onnxscript`` is not installed.
     """
-    save(onnx_model(model, example), path)
+    # Tools for FPGAs ask for the shape of every value.
+    save(onnx_model(model, example), path, shapes=True)
 
 
 def _node(

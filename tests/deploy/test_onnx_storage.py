@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,51 +14,77 @@ from torch.fx import GraphModule
 
 import gdnsq_fx
 from gdnsq_fx.deploy import onnx as onnx_format
+from gdnsq_fx.deploy.onnx_storage import pack_weights
 from gdnsq_fx.deploy.program import Example
 
 onnx = pytest.importorskip("onnx")
+onnx_ir = pytest.importorskip("onnx_ir")
 runtime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 _X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+_BITS = {**{f"convs.{bits}": bits for bits in range(1, 7)}, "up": 3, "fc": 2}
 
 
 class _Net(nn.Module):
+    """A layer for each width, sizes that fill no byte, channels along dimension 1."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 64, 3, padding=1)
-        self.mid = nn.Conv2d(64, 65, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(65)
-        self.up = nn.ConvTranspose2d(65, 64, 2, stride=2)
-        self.fc = nn.Linear(64, 300)
+        sizes = [3, 61, 62, 61, 62, 61, 62, 61]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(sizes)
+        )
+        self.norm = nn.BatchNorm2d(61)
+        self.up = nn.ConvTranspose2d(61, 63, 2, stride=2)
+        self.fc = nn.Linear(63, 301)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.mid(self.conv(x).relu())).relu()
-        return self.fc(self.up(x).relu().mean((2, 3)))
+        for conv in self.convs:
+            x = conv(x).relu()
+        return self.fc(self.up(self.norm(x)).relu().mean((2, 3)))
 
 
-_PACKED = ("mid", "up", "fc")  # the first has too few weights
+class _Files(NamedTuple):
+    model: GraphModule
+    plain: Path
+    packed: Path
 
 
-def _deployable(bits: int, net: nn.Module | None = None, **settings: Any) -> Any:
+def _write(model: GraphModule, folder: Path) -> _Files:
+    """The same export with int8 weights and with packed ones."""
+    plain, packed = folder / "plain.onnx", folder / "packed.onnx"
+    onnx_format.write_onnx(model, Example((_X,), {}), plain, packed=False)
+    again = onnx_ir.load(plain)
+    pack_weights(again)
+    onnx_format.save(again, packed)
+    return _Files(model, plain, packed)
+
+
+def _deployable(net: nn.Module, bits: dict[str, int], **settings: Any) -> GraphModule:
     torch.manual_seed(0)
-    settings = {"weight_bits": bits, "act_bits": 8, "first_last": None, **settings}
-    config = gdnsq_fx.QuantConfig(**settings)
-    qmodel = gdnsq_fx.prepare((net or _Net()).eval(), _X, config, [_X])
+    overrides = {name: {"weight_bits": width} for name, width in bits.items()}
+    settings = {"act_bits": 8, "weight_bits": 8, "first_last": None, **settings}
+    config = gdnsq_fx.QuantConfig(overrides=overrides, **settings)
+    qmodel = gdnsq_fx.prepare(net.eval(), _X, config, [_X])
     return gdnsq_fx.convert(qmodel, deployable=True)
 
 
-def _write(model: GraphModule, path: Path, packed: bool) -> Path:
-    onnx_format.write_onnx(model, Example((_X,), {}), path, packed=packed)
-    return path
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> _Files:
+    torch.manual_seed(0)
+    return _write(_deployable(_Net(), _BITS), tmp_path_factory.mktemp("files"))
 
 
-def _session(path: Path, optimized: Path | None = None, **entries: str) -> Any:
+def _name(layer: str) -> str:
+    return f"quantizers.{layer.replace('.', '_')}_weight.codes"
+
+
+def _session(path: Path | bytes, optimized: Path | None = None) -> Any:
     options = runtime.SessionOptions()
+    options.log_severity_level = 3
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    for name, value in entries.items():
-        options.add_session_config_entry(name, value)
     return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -65,57 +92,52 @@ def _outputs(session: Any) -> list[Any]:
     return session.run(None, {session.get_inputs()[0].name: _X.numpy()})
 
 
-@pytest.mark.parametrize("bits", range(1, 7))
-@pytest.mark.parametrize("per_channel", [True, False])
-def test_codes_come_back(bits: int, per_channel: bool, tmp_path: Path) -> None:
-    model = _deployable(bits, per_channel=per_channel)
-    path = _write(model, tmp_path / "model.onnx", packed=True)
-    written = onnx.load(path)
+def test_codes_come_back(files: _Files) -> None:
+    written = onnx.load(files.packed)
     onnx.checker.check_model(written, full_check=True)
     assert written.opset_import[0].version == 21
-    names = [f"quantizers.{name}_weight.codes" for name in _PACKED]
-    stored = {one.name for one in written.graph.initializer}
-    assert stored.isdisjoint(names)
+    names = [_name(layer) for layer in _BITS]
+    assert {one.name for one in written.graph.initializer}.isdisjoint(names)
     for name in names:
         written.graph.output.append(onnx.ValueInfoProto(name=name))
-    session = runtime.InferenceSession(
-        written.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    for name, codes in zip(names, _outputs(session)[1:], strict=True):
-        assert torch.equal(torch.tensor(codes), model.get_buffer(name)), name
+    codes = _outputs(_session(written.SerializeToString()))[1:]
+    for name, found in zip(names, codes, strict=True):
+        assert torch.equal(torch.tensor(found), files.model.get_buffer(name)), name
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2, 1])
-def test_the_same_kernels_and_results(bits: int, tmp_path: Path) -> None:
-    model = _deployable(bits)
+def test_the_same_kernels_and_results(files: _Files) -> None:
     found = []
-    for packed in (False, True):
-        path = _write(model, tmp_path / f"{packed}.onnx", packed)
-        session = _session(path, tmp_path / f"optimized-{packed}.onnx")
-        nodes = onnx.load(tmp_path / f"optimized-{packed}.onnx").graph.node
+    for path in (files.plain, files.packed):
+        session = _session(path, path.with_suffix(".optimized"))
+        nodes = onnx.load(path.with_suffix(".optimized")).graph.node
         kinds = collections.Counter(node.op_type for node in nodes)
         found.append((kinds, _outputs(session)[0].tobytes()))
     assert found[0] == found[1]
     assert found[0][0]["QLinearConv"] >= 1 and "BitShift" not in found[1][0]
 
 
-@pytest.mark.parametrize("bits", range(1, 7))
-def test_a_weight_takes_its_bits(bits: int, tmp_path: Path) -> None:
-    model = _deployable(bits)
-    plain = _write(model, tmp_path / "plain.onnx", packed=False).stat().st_size
-    packed = _write(model, tmp_path / "packed.onnx", packed=True).stat().st_size
-    names = [f"quantizers.{name}_weight.codes" for name in _PACKED]
-    saved = sum(model.get_buffer(name).numel() for name in names) * (8 - bits) / 8
-    assert 0 <= saved - (plain - packed) <= 2048 * len(_PACKED)
+def test_weights_take_their_bits(files: _Files) -> None:
+    """And each some 2 kB for what unpacks it."""
+    plain, packed = files.plain.stat().st_size, files.packed.stat().st_size
+    counts = {name: files.model.get_buffer(_name(name)).numel() for name in _BITS}
+    saved = sum(counts[name] * (8 - bits) / 8 for name, bits in _BITS.items())
+    assert 0 <= saved - (plain - packed) <= 2048 * len(_BITS)
+    graph = onnx.load(files.packed).graph
+    sizes = collections.Counter(
+        (one.data_type, len(one.raw_data)) for one in graph.initializer
+    )
+    kinds = {4: onnx.TensorProto.UINT4, 2: onnx.TensorProto.UINT8}
+    for layer in ("convs.4", "convs.2"):
+        bits, count = _BITS[layer], counts[layer]
+        assert sizes[kinds[bits], -(-count * bits // 8)] >= 1
 
 
-def test_nothing_else_is_stored(tmp_path: Path) -> None:
+def test_nothing_else_is_stored(files: _Files) -> None:
     """No source lines of the exporter, no shapes of inner values, no zeros twice."""
-    path = _write(_deployable(2), tmp_path / "model.onnx", packed=True)
-    written = onnx.load(path)
+    written = onnx.load(files.packed)
     assert not written.graph.value_info and not written.metadata_props
     assert not any(n.metadata_props or n.doc_string for n in written.graph.node)
-    assert b"test_onnx_storage" not in path.read_bytes()
+    assert b"test_onnx_storage" not in files.packed.read_bytes()
     stored = [
         (t.data_type, tuple(t.dims), onnx.numpy_helper.to_array(t).tobytes())
         for t in written.graph.initializer
@@ -123,29 +145,42 @@ def test_nothing_else_is_stored(tmp_path: Path) -> None:
     assert len(set(stored)) == len(stored)
 
 
+class _Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 5, padding=2, bias=False)
+        self.norm = nn.BatchNorm2d(64)
+        self.fc = nn.Linear(64, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
 def test_channels_that_were_coarsened(tmp_path: Path) -> None:
     """A normalization with a gamma of nearly 0 leaves codes of no pattern."""
-    net = _Net()
-    net.norm.weight.data[:5] = torch.tensor([0.0, 1e-4, -1e-5, 1e-6, 1e-9])
-    net.norm.bias.data[:5] = 3.0
-    model = _deployable(4, net)
-    path = _write(model, tmp_path / "model.onnx", packed=True)
-    kinds = {node.op_type for node in onnx.load(path).graph.node}
-    assert "ScatterND" in kinds
-    plain = _write(model, tmp_path / "plain.onnx", packed=False)
-    got, wanted = (_outputs(_session(one))[0] for one in (path, plain))
+    net = _Small()
+    gammas = torch.logspace(-8, -3, 9)
+    net.norm.weight.data[:9] = gammas
+    net.norm.bias.data[:9] = 3.0
+    model = _deployable(net, {}, weight_bits=3, per_channel=True)
+    files = _write(model, tmp_path)
+    assert "ScatterND" in {node.op_type for node in onnx.load(files.packed).graph.node}
+    got, wanted = (_outputs(_session(one))[0] for one in (files.packed, files.plain))
     assert got.tobytes() == wanted.tobytes()
 
 
-def test_large_models_have_a_second_file(
+def test_one_step_and_a_second_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, path = _deployable(3), tmp_path / "model.onnx"
-    size = gdnsq_fx.export(model, path, _X)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
-    wanted = _outputs(_session(path))[0]
+    """One step for all channels; a model too large for one message of protobuf."""
+    model = _deployable(_Small(), {}, weight_bits=3, per_channel=False)
     monkeypatch.setattr(onnx_format, "_LARGEST", 1000)
-    assert gdnsq_fx.export(model, path, _X) == pytest.approx(size, rel=0.2)
-    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
-    assert path.stat().st_size < size / 2
-    assert _outputs(_session(path))[0].tobytes() == wanted.tobytes()
+    path = tmp_path / "model.onnx"
+    size = gdnsq_fx.export(model, path, _X)
+    files = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
+    assert files.keys() == {"model.onnx", "model.onnx.data"}
+    assert size == sum(files.values())
+    codes = [model.get_buffer(_name(name)).numel() for name in ("conv", "fc")]
+    assert 0 <= files["model.onnx.data"] - sum(codes) * 3 / 8 <= 2048
+    got = torch.tensor(_outputs(_session(path))[0])
+    torch.testing.assert_close(got, model(_X).detach(), rtol=0, atol=1e-3)
