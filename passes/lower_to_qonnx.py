@@ -104,8 +104,8 @@ def _emit_activation(owner: GraphModule, node: Node, codes: Node) -> None:
     if (max_code + 1) & max_code:  # fewer levels than the bits have
         step, offset = (attribute(owner, stored_name(node, i)) for i in (1, 2))
         with owner.graph.inserting_before(node):
-            top = {"max": float(step * max_code + offset)}
-            value = owner.graph.call_function(torch.clamp, (value,), top)
+            top = float(step * max_code + offset)
+            value = owner.graph.call_function(torch.clamp, (value,), {"max": top})
     _emit(owner, node, value, max_code)
     if not codes.users:
         owner.graph.erase_node(codes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ from gdnsq_fx.extras import required
 OPSET = 21
 # One message of protobuf holds less than 2 GiB; leave room for the graph.
 _LARGEST = 1_800_000_000
+# Who remarks on what is no matter for a user.
+_REMARKS = (
+    "torch.onnx._internal.exporter._registration",
+    "onnxscript.optimizer._constant_folding",
+)
 
 
 def write_onnx(
@@ -72,12 +77,14 @@ def save(model: Any, path: Path, *, shapes: bool = False) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remark that torchvision's operations are not there."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Generator[None]:
+    """Without remarks that torchvision is not there, or a constant was not folded."""
+    loggers = [logging.getLogger(name) for name in _REMARKS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
