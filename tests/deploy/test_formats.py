@@ -75,6 +75,38 @@ def test_openvino(tmp_path: Path) -> None:
         assert float((got - wanted[:count]).abs().max()) <= 0.01 * spread
 
 
+class _Skip(nn.Module):
+    """OpenVINO gets such a sum wrong where the first layer has no bias."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(72, 24, 1, bias=bias)
+        self.up, self.down = nn.Conv2d(24, 88, 1), nn.Conv2d(88, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_openvino_and_layers_without_bias(bias: bool, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    net = _Skip(bias)
+    if bias:
+        net.first.bias.data.zero_()
+    x = torch.randn(3, 72, 8, 8).relu()
+    model = _deployable(_converted(net, x, act_bits=8))
+    gdnsq_fx.export(model, tmp_path / "model.xml", x)
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", hint)
+    wanted = model(x).detach()
+    got = torch.tensor(compiled(x.numpy())[0])
+    assert float((got - wanted).abs().max()) <= 0.01 * float(
+        wanted.max() - wanted.min()
+    )
+
+
 def test_a_batch_of_one_is_example_enough(tmp_path: Path) -> None:
     imodel = _converted()
     gdnsq_fx.export(imodel, tmp_path / "model.pt2", _X[:1])
