@@ -18,8 +18,9 @@ from gdnsq_fx.annotations import ModelFacts, model_facts
 from gdnsq_fx.deploy import checkpoint, installed
 from gdnsq_fx.deploy.certificate import Certificate
 from gdnsq_fx.deploy.edges import coded_edges
+from gdnsq_fx.deploy.formats import format_of, write_as
 from gdnsq_fx.deploy.inductor import CompiledModel, compile_int8
-from gdnsq_fx.deploy.onnx import write_onnx
+from gdnsq_fx.deploy.program import Example
 from gdnsq_fx.deploy.qdq import is_deployable
 from gdnsq_fx.deploy.verification import Verification
 from gdnsq_fx.errors import NothingToQuantizeError, NotQuantizedError, PatternError
@@ -31,6 +32,7 @@ from gdnsq_fx.passes import (
     FreezeQuantizers,
     LowerToInteger,
     LowerToQdq,
+    LowerToQonnx,
     placeholder_values,
     release_masks,
     run_passes,
@@ -83,25 +85,41 @@ def save(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
 
 
 def export(
-    imodel: GraphModule, path: str | os.PathLike[str], example_input: ExampleInput
+    imodel: GraphModule,
+    path: str | os.PathLike[str],
+    example_input: ExampleInput,
+    *,
+    format: str | None = None,
+    dynamic_batch: bool = True,
 ) -> int:
-    """Write a converted model as ONNX: quantize / dequantize nodes, opset 21.
+    """Write a converted model for another runtime, whole or not at all.
 
     Args:
-        imodel: what `convert` or `load` returned, in either form; left as it was.
-        path: file to write.
-        example_input: as for `prepare`, with two samples or more; the file takes
-            batches of any size.
+        imodel: what `convert` or `load` returned, in either form (``"qonnx"``: not the
+            deployable one); left as it was.
+        path: file to write; above 2 GB, weights of ONNX go to ``path.data``.
+        example_input: as for `prepare`.
+        format: ``"onnx"`` (.onnx; quantize / dequantize nodes, opset 21), ``"torch"``
+            (.pt2, for ``torch.export.load``), ``"openvino"`` (.xml and .bin) or
+            ``"qonnx"`` (.onnx; quantizers as trained, for FPGA flows); None: by suffix.
+        dynamic_batch: the file takes batches of any size; False: of the example's.
 
     Returns:
-        Size of the file in bytes.
+        Size of all files in bytes.
 
     Raises:
-        PassError: not a converted model. MissingExtraError: install gdnsq-fx[onnx].
+        ConfigError: an unknown format or suffix.
+        PassError: not a converted model.
+        ExportError: an exporter refuses it, or the model keeps the batch fixed.
+        MissingExtraError: install gdnsq-fx[onnx] or gdnsq-fx[openvino].
     """
-    model = _deployable(imodel)
+    kind = format_of(path, format)
+    if kind.form == "qonnx":
+        model = run_passes(copy.deepcopy(imodel).eval(), (LowerToQonnx(),))
+    else:
+        model = _deployable(imodel)
     args, kwargs = InputStructure.of(example_input).args_kwargs(example_input)
-    return write_onnx(model, path, args, kwargs)
+    return write_as(kind, model, Example(args, kwargs, dynamic_batch), path)
 
 
 def load(

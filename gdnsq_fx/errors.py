@@ -63,6 +63,10 @@ class FileFormatError(GdnsqError, ValueError):
     """A file is truncated, foreign, or does not fit the model it is loaded into."""
 
 
+class ExportError(GdnsqError, RuntimeError):
+    """An exporter refuses a model; the message has its cause."""
+
+
 class CheckpointError(GdnsqError, RuntimeError):
     """A fine-tuning run cannot be resumed: its checkpoint is of another run."""
 

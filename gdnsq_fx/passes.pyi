@@ -15,6 +15,7 @@ from passes import FreezeQuantizers as FreezeQuantizers
 from passes import InsertQuantizers as InsertQuantizers
 from passes import LowerToInteger as LowerToInteger
 from passes import LowerToQdq as LowerToQdq
+from passes import LowerToQonnx as LowerToQonnx
 from passes import Pass as Pass
 from passes import PropagateShapes as PropagateShapes
 from passes import placeholder_values as placeholder_values

@@ -25,6 +25,7 @@ from .freeze_quantizers import FreezeQuantizers
 from .insert_quantizers import InsertQuantizers
 from .lower_to_integer import LowerToInteger
 from .lower_to_qdq import LowerToQdq
+from .lower_to_qonnx import LowerToQonnx
 from .propagate_shapes import PropagateShapes
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "InsertQuantizers",
     "LowerToInteger",
     "LowerToQdq",
+    "LowerToQonnx",
     "Pass",
     "PropagateShapes",
     "placeholder_values",

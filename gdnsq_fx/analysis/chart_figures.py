@@ -7,10 +7,10 @@ from html import escape
 from typing import Any
 
 from gdnsq_fx.analysis.dynamics import CapacityTracker
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.analysis.notation import quantity, shortened
 from gdnsq_fx.analysis.palette import BACKGROUND, CUT, FAINT, FONT, HEAT, INK
 from gdnsq_fx.analysis.profile import Position
+from gdnsq_fx.extras import required
 
 GRID = "#f1f3f5"
 _WHAT = "the HTML report"

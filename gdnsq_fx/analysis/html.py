@@ -11,12 +11,12 @@ from gdnsq_fx.analysis.chart_figures import dynamics_figure, profile_figure
 from gdnsq_fx.analysis.cuts import MinimumCut
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.analysis.edge_report import Findings
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.analysis.html_style import SCRIPT, STYLE
 from gdnsq_fx.analysis.html_table import edge_table
 from gdnsq_fx.analysis.network_figure import network_figure
 from gdnsq_fx.analysis.notation import quantity
 from gdnsq_fx.analysis.profile import Position
+from gdnsq_fx.extras import required
 
 SHOWN_VALUES = 4  # of a cut; the drawing shows all
 SHOWN_STEPS = 5

@@ -9,7 +9,7 @@ from math import ceil, inf
 
 import networkx as nx
 
-from gdnsq_fx.analysis.extras import required
+from gdnsq_fx.extras import required
 
 MAX_COLUMNS = 26  # layers in a row: some 45 pixels each on a page
 ROW_GAP = 1.7  # in lanes, for the labels below a row

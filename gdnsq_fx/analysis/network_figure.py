@@ -10,7 +10,6 @@ import networkx as nx
 
 from gdnsq_fx.analysis.cuts import MinimumCut
 from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.analysis.hover import hover_of, label_of
 from gdnsq_fx.analysis.layout import Layout, Point, layered_layout
 from gdnsq_fx.analysis.palette import (
@@ -26,6 +25,7 @@ from gdnsq_fx.analysis.palette import (
 )
 from gdnsq_fx.analysis.shown import divergence_shares
 from gdnsq_fx.analysis.sketch import END, JOIN, OPERATION, VALUE, sketch_of
+from gdnsq_fx.extras import required
 
 LEAST_SHARE = 1e-4  # the lightest colour; shares run over four decades
 LANE_PIXELS = 52

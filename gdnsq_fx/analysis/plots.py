@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gdnsq_fx.analysis.edge_report import EdgeReport
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.analysis.notation import shortened
 from gdnsq_fx.analysis.palette import CUT, FAINT, HEAT, INK, LINE
 from gdnsq_fx.analysis.profile import Position
 from gdnsq_fx.errors import ConfigError
+from gdnsq_fx.extras import required
 
 if TYPE_CHECKING:
     from gdnsq_fx.analysis.dynamics import CapacityTracker

@@ -18,7 +18,6 @@ from gdnsq_fx.analysis.cuts import MinimumCut, capacity_graph, minimum_cut
 from gdnsq_fx.analysis.diff import ReportDiff, difference
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.analysis.edge_report import EdgeReport, Findings
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.analysis.html import html_page
 from gdnsq_fx.analysis.plots import report_plot
 from gdnsq_fx.analysis.profile import Position, capacity_profile
@@ -27,6 +26,7 @@ from gdnsq_fx.analysis.slack import slack_of
 from gdnsq_fx.analysis.text import report_text
 from gdnsq_fx.annotations import EdgeFacts, facts
 from gdnsq_fx.errors import PassError
+from gdnsq_fx.extras import required
 from gdnsq_fx.sites import ActivationSite, WeightSite, sites
 
 BOTTLENECK_SHARE = 0.5

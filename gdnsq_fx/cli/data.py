@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.errors import ConfigError, FileFormatError
+from gdnsq_fx.extras import required
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet

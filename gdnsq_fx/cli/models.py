@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.errors import ConfigError, FileFormatError
+from gdnsq_fx.extras import required
 
 SHOWN_KEYS = 5
 

@@ -10,11 +10,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.deploy.edges import CodedEdge
 from gdnsq_fx.deploy.onnx_edges import edge_values
 from gdnsq_fx.deploy.runtimes import Observation, Runtime, Values, tensors
 from gdnsq_fx.errors import BatchStructureError, FileFormatError, GdnsqError
+from gdnsq_fx.extras import required
 
 ONNX_EXTRA = "gdnsq-fx[onnx]"
 OPENVINO_EXTRA = "gdnsq-fx[openvino]"

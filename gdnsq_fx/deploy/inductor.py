@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.deploy.qdq import deploy_facts
 from gdnsq_fx.errors import CompilerError
+from gdnsq_fx.extras import required
 from gdnsq_fx.state import cloned
 
 EXTRA = "gdnsq-fx[inductor]"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.deploy.file_runtimes import ONNX_EXTRA, OPENVINO_EXTRA, loading
 from gdnsq_fx.errors import ConfigError, MissingExtraError
+from gdnsq_fx.extras import required
 
 Inputs = dict[str, Any]
 Call = Callable[[Inputs], object]

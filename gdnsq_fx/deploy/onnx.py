@@ -2,74 +2,105 @@
 
 from __future__ import annotations
 
-import os
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.export import Dim
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.deploy.edges import coded_edges, with_codes
 from gdnsq_fx.deploy.onnx_edges import name_edges
+from gdnsq_fx.deploy.onnx_storage import EXTRA, onnx_ir, pack_weights, shrink
+from gdnsq_fx.deploy.program import Example, exported
 from gdnsq_fx.deploy.qdq import deploy_facts
+from gdnsq_fx.errors import ExportError
+from gdnsq_fx.extras import required
 
 OPSET = 21
-_EXTRA = "gdnsq-fx[onnx]"
+# One message of protobuf holds less than 2 GiB; leave room for the graph.
+_LARGEST = 1_800_000_000
+_NONE: Mapping[str, str] = MappingProxyType({})
+# Who remarks on what is no matter for a user.
+_REMARKS = (
+    "torch.onnx._internal.exporter._registration",
+    "onnxscript.optimizer._constant_folding",
+)
 
 
 def write_onnx(
-    model: GraphModule,
-    path: str | os.PathLike[str],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> int:
-    """Write a model in deployable form.
+    model: GraphModule, example: Example, path: Path, *, packed: bool = True
+) -> None:
+    """Write a model in deployable form; above 1.8 GB, weights go to ``path.data``.
 
     Args:
         model: in evaluation.
+        example: inputs to export with.
         path: file to write.
-        args, kwargs: an example of its inputs, with a batch of two samples or more;
-            dimension 0 of each tensor becomes the batch, of any size.
-
-    Returns:
-        Size of the file in bytes.
+        packed: weights below 8 bits are stored in their bits, and unpacked by
+            operations that a runtime folds at load; False: all as int8.
 
     Raises:
         PassError: not in deployable form.
+        ExportError: ``torch.export`` or ``torch.onnx`` refuses the model.
         MissingExtraError: ``onnx`` or ``onnxscript`` is not installed.
     """
     deploy_facts(model)
-    required("onnx", "writing ONNX", _EXTRA)
-    required("onnxscript", "writing ONNX", _EXTRA)
     edges = coded_edges(model)
-    program = torch.onnx.export(
-        with_codes(model.eval(), edges),
-        args,
-        kwargs=kwargs,
-        dynamo=True,
-        opset_version=OPSET,
-        dynamic_shapes=_batches(model, args, kwargs),
-        verbose=False,
-    )
-    assert program is not None  # only the old exporter, which writes itself, has none
-    name_edges(program, [edge.name for edge in edges])
-    program.save(path)
-    return os.path.getsize(path)
+    written = onnx_model(with_codes(model, edges), example)
+    notes = name_edges(written, [edge.name for edge in edges])
+    if packed:
+        pack_weights(written)
+    save(written, path, notes=notes)
 
 
-def _batches(
-    model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Which dimensions vary: the first of every tensor, by name of the input."""
-    names = [str(n.target) for n in model.graph.find_nodes(op="placeholder")]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {name: tree_map(_first, value) for name, value in given.items()}
+def onnx_model(model: GraphModule, example: Example) -> Any:
+    """An ``onnx_ir.Model`` of a model in evaluation."""
+    required("onnx", "writing ONNX", EXTRA)
+    required("onnxscript", "writing ONNX", EXTRA)
+    program = exported(model, example)
+    try:
+        with _quiet():
+            found = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, verbose=False
+            )
+    # The exporter lets pass what its decompositions and translations raise.
+    except Exception as error:
+        raise ExportError(f"torch.onnx refuses the model: {error}") from error
+    assert found is not None  # only the old exporter, which writes itself, has none
+    return found.model
 
 
-def _first(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.ndim:
-        return {0: Dim.DYNAMIC}
-    return None
+def save(
+    model: Any, path: Path, *, shapes: bool = False, notes: Mapping[str, str] = _NONE
+) -> None:
+    """Write an ``onnx_ir.Model``.
+
+    Args:
+        model: is changed: what no runtime reads is taken out of it.
+        path: file to write.
+        shapes: keep those of inner values.
+        notes: metadata of the file.
+    """
+    shrink(model, shapes=shapes)
+    model.metadata_props.update(notes)
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    beside = f"{path.name}.data" if size > _LARGEST else None
+    onnx_ir().save(model, path, external_data=beside)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without remarks that torchvision is not there, or a constant was not folded."""
+    loggers = [logging.getLogger(name) for name in _REMARKS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

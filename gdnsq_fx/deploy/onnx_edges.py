@@ -16,15 +16,18 @@ from gdnsq_fx.errors import FileFormatError
 KEY = "gdnsq_fx.edges"
 
 
-def name_edges(program: Any, edges: Sequence[str]) -> None:
-    """Name the last outputs of an exported program, and make them outputs no more.
+def name_edges(model: Any, edges: Sequence[str]) -> dict[str, str]:
+    """Name the last outputs of an exported model, and make them outputs no more.
 
     Args:
-        program: ``torch.onnx.ONNXProgram`` of a model that returns codes
+        model: ``onnx_ir.Model`` of one that returns codes
             (`gdnsq_fx.deploy.edges.with_codes`).
         edges: their names, in the order of the outputs.
+
+    Returns:
+        What the metadata of the file are to say.
     """
-    graph = program.model.graph
+    graph = model.graph
     first = len(graph.outputs) - len(edges)
     codes = list(graph.outputs[first:])
     del graph.outputs[first:]
@@ -37,7 +40,7 @@ def name_edges(program: Any, edges: Sequence[str]) -> None:
             value.name = f"{edge}.codes"
             named.add(id(value))
         places[edge] = value.name
-    program.model.metadata_props[KEY] = json.dumps(places)
+    return {KEY: json.dumps(places)}
 
 
 def edge_values(model: Any) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gdnsq_fx.analysis.extras import required
+from gdnsq_fx.extras import required
 from gdnsq_fx.training.result import FinetuneResult, StepRecord
 
 _COLUMNS = ("step", "loss", "mean_bits", "metric")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gdnsq_fx.analysis.extras import required
 from gdnsq_fx.errors import ConfigError
+from gdnsq_fx.extras import required
 from gdnsq_fx.training.engine import Engine, SingleProcess
 from gdnsq_fx.training.process_group import ProcessGroup
 

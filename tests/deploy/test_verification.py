@@ -193,6 +193,29 @@ def test_a_changed_code_of_a_weight_is_found(
         assert file.wrong == 0 and file.unexplained_inputs > 0
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_weights_in_their_bits_are_compared(bits: int, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    batches = list(torch.randn(2, 16, 64))
+    config = gdnsq_fx.QuantConfig(bits, 4, first_last=None)
+    imodel = gdnsq_fx.convert(gdnsq_fx.prepare(model, batches[0], config, batches))
+    path = tmp_path / "packed.onnx"
+    gdnsq_fx.export(imodel, path, batches[0])
+    found = gdnsq_fx.verify(imodel, path, batches, runtimes=["torch"], progress=False)
+    assert (found.weights.codes, found.weights.unseen) == (2 * 64 * 96, ())
+    assert not found.weights.differing
+    file = onnx.load(path)
+    packed = max(file.graph.initializer, key=lambda t: len(t.raw_data))
+    changed = bytearray(packed.raw_data)
+    changed[7] ^= 1
+    packed.raw_data = bytes(changed)
+    onnx.save(file, path)
+    found = gdnsq_fx.verify(imodel, path, batches, runtimes=["torch"], progress=False)
+    assert list(found.weights.differing.values()) == [1] and not found.ok
+
+
 class _Flipping(Runtime):
     """torch, with one code of one edge moved by so many steps."""
 
@@ -304,7 +327,8 @@ def test_absent_runtimes_are_listed(
 ) -> None:
     imodel = _converted()
     path = _exported(imodel, tmp_path)
-    for library in ("openvino", "torchao", "onnxruntime"):
+    patterns = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
+    for library in ("openvino", "torchao", patterns, "onnxruntime"):
         monkeypatch.setitem(sys.modules, library, None)
     given: dict[str, Any] = {"runtimes": None}
     found = _verified(imodel, path, **given)

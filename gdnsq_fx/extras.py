@@ -1,4 +1,4 @@
-"""Optional libraries, imported when something is to be shown."""
+"""Optional libraries, imported where they are needed and not before."""
 
 from __future__ import annotations
 

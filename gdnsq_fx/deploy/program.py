@@ -1,0 +1,110 @@
+"""A model as a program of ``torch.export``: what every format of files starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
+
+from gdnsq_fx.errors import ExportError
+from gdnsq_fx.inputs import batch_size
+
+# What torch adds to every message of its own.
+_ADVICE = "\n\nThe error above occurred when calling torch.export"
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Inputs to export with.
+
+    Attributes:
+        args, kwargs: arguments of the model.
+        dynamic_batch: dimension 0 of the tensors whose size there is that of the batch
+            may have any size; False: all sizes are those of the example.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dynamic_batch: bool = True
+
+
+def exported(model: GraphModule, example: Example) -> ExportedProgram:
+    """The program of a model in evaluation.
+
+    Raises:
+        ExportError: ``torch.export`` cannot export it, or not with any batch.
+    """
+    if not example.dynamic_batch:
+        return _exported(model, example)
+    try:
+        return _exported(model, example)
+    except ExportError as error:
+        fixed = Example(example.args, example.kwargs, dynamic_batch=False)
+        _exported(model, fixed)  # where this fails as well, the batch is not the cause
+        raise ExportError(
+            "the model cannot be exported for batches of any size; give "
+            "dynamic_batch=False to export for that of the example alone "
+            f"(`facts.specialized` of the prepared model says what it keeps): {error}"
+        ) from error
+
+
+def write_program(model: GraphModule, example: Example, path: Path) -> None:
+    """Write what ``torch.export.load`` reads.
+
+    The program calls operations of ``torch.ops.quantized_decomposed``, which torch
+    registers when ``torch.ao.quantization.fx._decomposed`` is first imported.
+    """
+    torch.export.save(exported(model, example), path)
+
+
+def _exported(model: GraphModule, example: Example) -> ExportedProgram:
+    args, kwargs = _copied(example)
+    shapes = _dynamic_shapes(model, args, kwargs) if example.dynamic_batch else None
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=shapes, strict=False
+            )
+    # torch raises what its own passes and the model's operations happen to raise.
+    except Exception as error:
+        cause = str(error).partition(_ADVICE)[0].strip()
+        raise ExportError(f"torch.export refuses the model: {cause}") from error
+
+
+def _dynamic_shapes(
+    model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Which dimensions vary, by name of the input."""
+    size = batch_size(args, kwargs)
+
+    def first(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == size:
+            return {0: Dim.DYNAMIC}
+        return None
+
+    names = [str(n.target) for n in model.graph.find_nodes(op="placeholder")]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: tree_map(first, value) for name, value in given.items()}
+
+
+def _copied(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs as tensors of their own: torch notes dynamic sizes on what it gets.
+
+    Where any batch is to do and the example has one sample, it is there twice: torch
+    takes a size of 1 for a constant.
+    """
+    alone = batch_size(example.args, example.kwargs) == 1 and example.dynamic_batch
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        twice = alone and value.ndim and value.shape[0] == 1
+        return torch.cat([value, value]) if twice else value.detach().clone()
+
+    return tree_map(copied, (example.args, example.kwargs))
