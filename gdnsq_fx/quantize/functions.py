@@ -52,8 +52,9 @@ def quantize_activation(
     scalars = (step, range_, lower)
     if is_compiled(kernels, x):
         region = compiled(_activation_region)
-        recipe = recipe_for(compiled(activation_levels), x, *scalars)
-        levels = region(x, *scalars, estimator)
+        flat = x.view(-1) if x.is_contiguous() else x  # one region for all shapes
+        recipe = recipe_for(compiled(activation_levels), flat, *scalars)
+        levels = region(flat, *scalars, estimator).view(x.shape)
     else:
         recipe = recipe_for(activation_levels, x, *scalars)
         levels = _activation_region(x, *scalars, estimator, recipe)
@@ -89,8 +90,9 @@ def quantize_weight(
     grid = (step, lower, top)
     if is_compiled(kernels, weight):
         region = compiled(_weight_region)
-        recipe = recipe_for(compiled(weight_levels), weight, *grid)
-        levels = region(weight, *grid, tuple(dims), estimator)
+        rows, *grid, dims = _in_rows(weight, *grid, tuple(dims))
+        recipe = recipe_for(compiled(weight_levels), rows, *grid)
+        levels = region(rows, *grid, dims, estimator).view(weight.shape)
     else:
         recipe = recipe_for(weight_levels, weight, *grid)
         levels = _weight_region(weight, *grid, tuple(dims), estimator, recipe)
@@ -120,6 +122,22 @@ def _weight_region(
     recipe: Recipe | None = None,
 ) -> Tensor:
     return _QuantizeWeight.apply(weight, step, lower, top, dims, estimator, recipe)  # type: ignore[no-any-return]
+
+
+def _in_rows(
+    weight: Tensor,
+    step: Tensor,
+    lower: Tensor,
+    top: Tensor | None,
+    dims: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """A matrix with a scale for each row where it can be one: one region for all."""
+    count = step.numel()
+    leading = step.ndim > 0 and step.shape[0] == count
+    if not weight.is_contiguous() or not (leading or count == 1):
+        return weight, step, lower, top, dims
+    scales = (None if s is None else s.view(count, 1) for s in (step, lower, top))
+    return weight.view(count, -1), *scales, (1,)  # type: ignore[return-value]  # pyright: ignore
 
 
 class _QuantizeActivation(Function):

@@ -110,6 +110,9 @@ def variants(
         except qat_peers.Absent as reason:
             absent.append(f"{name} on {network.name}: {reason}")
     if compiled:
+        regional = prepared(model, x, "ours, quantizers compiled", float_base)
+        gdnsq_fx.use_kernels(regional.owner, "compile")
+        made.append(regional)
         base = "floating point, compiled"
         copied = network.build()
         made.append(Variant(base, torch.compile(copied), copied, base))
