@@ -7,13 +7,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gdnsq_fx.capture.buffers import write_back_buffers
+from gdnsq_fx.capture.closing import Call, Closing, Start
 from gdnsq_fx.capture.data_readers import Function, is_self_contained, watched_calls
 from gdnsq_fx.capture.entry import Entry
 from gdnsq_fx.capture.helpers import AppliedFunction, add_helper
@@ -33,29 +34,6 @@ from gdnsq_fx.capture.values import Untraceable
 from gdnsq_fx.foreign_random import foreign_state, restore_foreign_state
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.state import preserved_state
-
-
-class _Call(NamedTuple):
-    """What one node calls."""
-
-    op: str
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Start(NamedTuple):
-    """The state of the recording when a call began.
-
-    Attributes:
-        mark: of the ledger.
-        notes: how many specializations there were.
-        versions: of the tensors among its arguments.
-    """
-
-    mark: Mark
-    notes: int
-    versions: dict[int, int]
 
 
 class Tracer:
@@ -82,6 +60,7 @@ class Tracer:
         self.table = table
         self.kept = kept
         self.functions = tuple(functions)
+        self.closing = Closing(root, recorder, table)
         self.drawing: list[str] = []
         self.paths = {id(m): path for path, m in root.named_modules()}
         self.buffers = dict(root.named_buffers(remove_duplicate=False))
@@ -169,7 +148,7 @@ class Tracer:
             return self._whole(module, path, args, kwargs)
         reason = "has backward hooks" if has_backward_hooks(module) else None
         reason = self.kept.get(path, reason)
-        start = self._start((args, kwargs))
+        start = self.closing.start((args, kwargs))
         if path and reason is not None:
             drawn = torch.get_rng_state(), foreign_state()
             try:
@@ -189,8 +168,10 @@ class Tracer:
             if not path or self.recorder.ledger.needs_real:
                 raise
             return self._opaque(module, path, start.mark, args, kwargs, error)
-        if path and is_bare(module) and self._can_close(start.mark, output):
-            return self._closed(_Call("call_module", path, args, kwargs), start, output)
+        if path and is_bare(module) and self.closing.is_possible(start.mark, output):
+            return self.closing.close(
+                Call("call_module", path, args, kwargs), start, output
+            )
         return output
 
     def _called(
@@ -234,32 +215,6 @@ class Tracer:
         node = recorder.ledger.call_node("call_module", path, args, kwargs)
         return recorder.ledger.track(output, node, before)
 
-    def _can_close(self, mark: Mark, output: Any) -> bool:
-        """Whether a bare module may be one node: there is nothing to quantize in it."""
-        if not _is_tensors(output):
-            return False
-        for node in self.recorder.ledger.nodes_since(mark):
-            op = None if node.op == "call_module" else self.table.find(node, self.root)
-            if op is not None and op.is_compute:
-                return False
-        return True
-
-    def _start(self, arguments: Any) -> _Start:
-        ledger = self.recorder.ledger
-        notes = len(self.recorder.specialized.found)
-        return _Start(ledger.mark(), notes, ledger.versions(arguments))
-
-    def _closed(self, call: _Call, start: _Start, output: Any) -> Any:
-        """One node for what was recorded and noted since, if a graph can hold it."""
-        ledger = self.recorder.ledger
-        try:
-            ledger.argument((call.args, call.kwargs))
-        except Untraceable:
-            return output
-        ledger.undo(start.mark)
-        del self.recorder.specialized.found[start.notes :]
-        return ledger.track(output, ledger.call_node(*call), start.versions)
-
     def _opaque(
         self,
         module: nn.Module,
@@ -300,14 +255,14 @@ class Tracer:
 
     def _function_begins(
         self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[_Call, _Start] | None:
+    ) -> tuple[Call, Start] | None:
         """What must be known when it ends to make one call of it; None: leave it."""
         if self.recorder.hidden or not is_self_contained((args, kwargs)):
             return None
-        call = _Call("call_function", function, args, kwargs)
-        return call, self._start((args, kwargs))
+        call = Call("call_function", function, args, kwargs)
+        return call, self.closing.start((args, kwargs))
 
-    def _function_ends(self, begun: tuple[_Call, _Start], output: Any) -> None:
+    def _function_ends(self, begun: tuple[Call, Start], output: Any) -> None:
         """Make one call of a function that has read data.
 
         It is opened nevertheless where it holds something to quantize, or hands out
@@ -316,12 +271,5 @@ class Tracer:
         call, start = begun
         notes = self.recorder.specialized.found[start.notes :]
         reads = any(note.kind == "data" for note in notes)
-        if reads and self._can_close(start.mark, output):
-            self._closed(call, start, output)
-
-
-def _is_tensors(output: Any) -> bool:
-    if isinstance(output, tuple | list):
-        items = cast(tuple[Any, ...], output)
-        return type(output) in (tuple, list) and all(map(_is_tensors, items))
-    return isinstance(output, Tensor)
+        if reads and self.closing.is_possible(start.mark, output):
+            self.closing.close(call, start, output)
