@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from gdnsq_fx.annotations import ModelFacts, model_facts
-from gdnsq_fx.deploy import checkpoint, installed
+from gdnsq_fx.deploy import checkpoint, filling, installed
 from gdnsq_fx.deploy.certificate import Certificate
 from gdnsq_fx.deploy.edges import coded_edges
 from gdnsq_fx.deploy.formats import format_of, write_as
@@ -165,7 +165,7 @@ def load(
     if model is None or example_input is None:
         return checkpoint.rebuilt_graph(contents)
     if checkpoint.holds_deployable(contents):
-        raise checkpoint.other_model(
+        raise filling.other_model(
             contents, "it is in deployable form, which no class gives; call load(path)"
         )
     return _filled(contents, model, example_input, table)
@@ -187,10 +187,10 @@ def _filled(
     try:
         skeleton = run_passes(captured, insertion_passes(example_input, facts, table))
     except (NothingToQuantizeError, NotQuantizedError, PatternError) as error:
-        raise checkpoint.other_model(contents, str(error)) from error
+        raise filling.other_model(contents, str(error)) from error
     release_masks(skeleton, contents.masks)
-    checkpoint.place_levels(skeleton, contents)
-    return checkpoint.fill(convert(skeleton), contents)
+    filling.place_levels(skeleton, contents)
+    return filling.fill(convert(skeleton), contents)
 
 
 def verify(

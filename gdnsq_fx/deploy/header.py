@@ -139,9 +139,23 @@ def _check_fields(fields: Mapping[str, str]) -> None:
 
 def _json_object(fields: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
-        value: object = json.loads(fields[key])
+        value: object = json.loads(
+            fields[key], object_pairs_hook=_distinct, parse_constant=_no_constant
+        )
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"its {key} is no JSON: {error}; {REMEDY}") from error
     if not isinstance(value, dict):
         raise FileFormatError(f"its {key} is no JSON object; {REMEDY}")
     return cast(dict[str, Any], value)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two entries of one name readers would take different ones."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
