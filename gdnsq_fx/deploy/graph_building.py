@@ -65,6 +65,8 @@ class _Reader:
             rest -= self._add_module(path, entry)
         parameters = set(self.stored["parameters"])
         constants = set(self.stored["constants"])
+        if not parameters | constants <= self.tensors.keys():
+            raise UnknownValueError("names of tensors that there are not")
         for path in sorted(rest):
             self._add_tensor(path, path in parameters, path not in constants)
         for entry in self.stored["nodes"]:

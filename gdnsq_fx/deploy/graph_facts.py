@@ -56,19 +56,26 @@ def place_facts(node: Node, stored: Any, owner: GraphModule) -> None:
     if not isinstance(stored, dict):
         raise UnknownValueError("facts that are no object")
     known = cast(dict[str, Any], stored)
-    layer, shape, edge = known.get("layer", ""), known.get("shape"), known.get("edge")
-    sizes = cast(list[Any], shape if isinstance(shape, list) else [])
-    if not isinstance(layer, str) or any(type(size) is not int for size in sizes):
-        raise UnknownValueError("facts of another kind")
+    _check_kinds(known)
+    shape = known.get("shape")
     annotate(
         node,
-        op=DEFAULT_TABLE.find(node, owner) if known.get("known") is True else None,
-        layer=layer,
-        shape=None if shape is None else tuple(sizes),
+        op=DEFAULT_TABLE.find(node, owner) if "known" in known else None,
+        layer=known.get("layer", ""),
+        shape=None if shape is None else tuple(shape),
         dtype=decoded(known.get("dtype"), []),
     )
-    if isinstance(edge, str):
-        name_edge(node, edge)
+    if "edge" in known:
+        name_edge(node, known["edge"])
+
+
+def _check_kinds(known: dict[str, Any]) -> None:
+    kinds = {"known": bool, "layer": str, "shape": list, "dtype": dict, "edge": str}
+    for name, value in known.items():
+        if name not in kinds or type(value) is not kinds[name]:
+            raise UnknownValueError(f"facts of another kind: {name[:40]!r}")
+    if any(type(size) is not int for size in known.get("shape", [])):
+        raise UnknownValueError("a shape that is no list of integers")
 
 
 def stored_inputs(inputs: InputStructure) -> Any:

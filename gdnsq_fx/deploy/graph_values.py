@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,1023}", re.ASCII)
 _DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d{1,3})?", re.ASCII)
 _DEPTH = 32
 _DTYPES = {
