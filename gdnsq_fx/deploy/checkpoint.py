@@ -27,7 +27,7 @@ from gdnsq_fx.deploy.graph_values import UnknownValueError
 from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.deploy.packed_codes import joined_codes, split_codes
 from gdnsq_fx.deploy.qdq import KEY as DEPLOYABLE
-from gdnsq_fx.deploy.qdq import is_deployable, is_weight
+from gdnsq_fx.deploy.qdq import calls, is_deployable, is_weight
 from gdnsq_fx.errors import (
     ClassNeededWarning,
     ConfigError,
@@ -37,6 +37,7 @@ from gdnsq_fx.errors import (
 from gdnsq_fx.nested import graphs_of, joined, path_of
 from gdnsq_fx.sites import bit_width
 from gdnsq_fx.spec import QuantConfig
+from gdnsq_fx.stored import stored_name
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,10 @@ def _int8_codes(imodel: GraphModule) -> Mapping[str, int | None]:
         return {}
     found: dict[str, int | None] = {}
     for one in graphs_of(imodel):
-        for node in filter(is_weight, one.graph.nodes):
-            per_channel = len(node.args) == 7
-            name = joined(path_of(one), str(node.args[0].target))
-            found[name] = int(node.args[3]) if per_channel else None
+        for node in one.graph.nodes:
+            if is_weight(node):
+                arguments: tuple[Any, ...] = node.args
+                name = joined(path_of(one), stored_name(node, 0))
+                per_channel = calls(node, "dequantize_per_channel")
+                found[name] = int(arguments[3]) if per_channel else None
     return found

@@ -152,7 +152,7 @@ def described_module(module: nn.Module) -> dict[str, Any]:
         UnknownValueError: it is another, or has what its constructor does not give.
     """
     kind = type(module)
-    cls, names = module_classes().get(kind.__name__, (None, ()))
+    cls, names = module_classes().get(kind.__name__, (nn.Module, ()))
     if cls is not kind:
         raise UnknownValueError(f"the module {kind.__module__}.{kind.__qualname__}")
     if module.training or any(getattr(module, f"_{hook}_hooks") for hook in _HOOKS):

@@ -185,7 +185,7 @@ def functions() -> Mapping[str, Callable[..., Any]]:
 @functools.cache
 def function_names() -> Mapping[Callable[..., Any], str]:
     """Function -> its first name."""
-    return {f: name for name, f in reversed(functions().items())}
+    return {f: name for name, f in reversed(list(functions().items()))}
 
 
 @functools.cache

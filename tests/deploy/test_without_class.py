@@ -65,7 +65,8 @@ def _encoder() -> nn.Module:
 def _converted(
     net: nn.Module, x: Tensor, deployable: bool = False, **settings: Any
 ) -> GraphModule:
-    config = gdnsq_fx.QuantConfig(**{"weight_bits": 3, "act_bits": 4, **settings})
+    given: dict[str, Any] = {"weight_bits": 3, "act_bits": 4, **settings}
+    config = gdnsq_fx.QuantConfig(**given)
     qmodel = gdnsq_fx.prepare(net.eval(), x, config, [x])
     return gdnsq_fx.convert(qmodel, deployable=deployable)
 
