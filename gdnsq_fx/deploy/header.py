@@ -20,7 +20,8 @@ from gdnsq_fx.deploy.packing import checked_numel
 from gdnsq_fx.errors import ConfigError, FileFormatError
 
 FORMAT = "gdnsq_fx"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = ("1", "2")  # 2: descriptions may hold the graph
 
 _FIELDS = ("format", "schema_version", "packed", "description", "checksum")
 REMEDY = "copy the file again, or write it anew"
@@ -125,12 +126,12 @@ def _check_fields(fields: Mapping[str, str]) -> None:
             " the model with safetensors.torch.load_file instead"
         )
     version = fields.get("schema_version", "")
-    if version != str(SCHEMA_VERSION):
+    if version not in _READABLE:
         newer = version.isdecimal() and int(version[:9]) > SCHEMA_VERSION
         remedy = f"install a newer {FORMAT}" if newer else REMEDY
         raise FileFormatError(
             f"its schema version is {version[:20]!r}, but this {FORMAT} reads"
-            f" {SCHEMA_VERSION}; {remedy}"
+            f" {' and '.join(_READABLE)}; {remedy}"
         )
     if missing := [key for key in _FIELDS if key not in fields]:
         raise FileFormatError(f"its metadata lack {missing}; {REMEDY}")
@@ -138,9 +139,23 @@ def _check_fields(fields: Mapping[str, str]) -> None:
 
 def _json_object(fields: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
-        value: object = json.loads(fields[key])
+        value: object = json.loads(
+            fields[key], object_pairs_hook=_distinct, parse_constant=_no_constant
+        )
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"its {key} is no JSON: {error}; {REMEDY}") from error
     if not isinstance(value, dict):
         raise FileFormatError(f"its {key} is no JSON object; {REMEDY}")
     return cast(dict[str, Any], value)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two entries of one name readers would take different ones."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
