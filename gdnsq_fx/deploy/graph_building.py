@@ -90,7 +90,7 @@ class _Reader:
                 raise UnknownValueError(f"the name {path[:80]!r}")
         holder = self.root
         for atom in above:
-            if atom not in holder._modules:
+            if not isinstance(getattr(holder, atom, None), nn.Module):
                 holder.add_module(atom, nn.Module())
             holder = holder.get_submodule(atom)
         return holder, name
