@@ -53,9 +53,7 @@ class _Reader:
         self.stored = stored
         self.tensors = tensors
         self.root = nn.Module()
-        self.taken = set(vars(GraphModule(nn.Module(), Graph()))) | set(
-            dir(GraphModule)
-        )
+        self.taken = set(dir(GraphModule(nn.Module(), Graph())))
         self.graph = Graph()
         self.nodes: list[Node] = []
 
