@@ -88,7 +88,7 @@ class _Reader:
                 raise UnknownValueError(f"the name {path[:80]!r}")
         holder = self.root
         for atom in above:
-            if atom not in holder._modules:
+            if not hasattr(holder, atom):
                 holder.add_module(atom, nn.Module())
             holder = holder.get_submodule(atom)
         return holder, name

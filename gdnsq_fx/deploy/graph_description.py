@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,5 +177,5 @@ def _argument(module: nn.Module, name: str) -> Any:
 
 
 def _plain(module: nn.Module) -> Mapping[str, Any]:
-    known = cast(dict[str, Any], vars(module)).items()
+    known = vars(module).items()
     return {k: v for k, v in known if not k.startswith("_")}

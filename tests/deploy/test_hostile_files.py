@@ -258,7 +258,7 @@ def _values_of_any_kind(rng: random.Random, description: Head) -> None:
 
 
 def _deep(rng: random.Random, description: Head) -> None:
-    depth = rng.choice([40, 300, 600])
+    depth = rng.choice([40, 200, 300])
     value: Any = []
     for _ in range(depth):
         value = [value] if rng.random() < 0.5 else {"tuple": [value]}
