@@ -85,10 +85,11 @@ def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
             "only a converted model can be saved; call gdnsq_fx.convert(qmodel) first"
         )
     facts = model_facts(imodel)
-    graph, lacking = _graph_of(imodel, facts)
     tensors: dict[str, Tensor] = dict(imodel.state_dict())
+    held = constants(imodel)
+    graph, lacking = _graph_of(imodel, facts, {**tensors, **held})
     if graph is not None:
-        tensors.update(constants(imodel))
+        tensors |= held
     tensors, bits, affine = split_codes(tensors, _int8_codes(imodel))
     description = {
         "config": facts.config.to_dict(),
@@ -104,11 +105,13 @@ def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
 
 
 def _graph_of(
-    imodel: GraphModule, facts: ModelFacts
+    imodel: GraphModule, facts: ModelFacts, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any] | None, str]:
     """The graph as JSON, or None and why not; says so where the class is needed."""
     try:
-        return described(imodel, facts.inputs), ""
+        graph = described(imodel, facts.inputs)
+        built(graph, tensors, "Trial")  # what cannot be read is not to be written
+        return graph, ""
     except UnknownValueError as error:
         lacking = str(error)
     if is_deployable(imodel):

@@ -53,9 +53,7 @@ class _Reader:
         self.stored = stored
         self.tensors = tensors
         self.root = nn.Module()
-        self.taken = set(vars(GraphModule(nn.Module(), Graph()))) | set(
-            dir(GraphModule)
-        )
+        self.taken = set(dir(GraphModule(nn.Module(), Graph())))
         self.graph = Graph()
         self.nodes: list[Node] = []
 
@@ -90,7 +88,7 @@ class _Reader:
                 raise UnknownValueError(f"the name {path[:80]!r}")
         holder = self.root
         for atom in above:
-            if not isinstance(getattr(holder, atom, None), nn.Module):
+            if not hasattr(holder, atom):
                 holder.add_module(atom, nn.Module())
             holder = holder.get_submodule(atom)
         return holder, name

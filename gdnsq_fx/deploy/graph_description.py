@@ -177,4 +177,5 @@ def _argument(module: nn.Module, name: str) -> Any:
 
 
 def _plain(module: nn.Module) -> Mapping[str, Any]:
-    return {k: v for k, v in vars(module).items() if not k.startswith("_")}
+    known = vars(module).items()
+    return {k: v for k, v in known if not k.startswith("_")}

@@ -224,6 +224,32 @@ def test_calls_that_no_table_holds(kind: str, tmp_path: Path) -> None:
         gdnsq_fx.load(tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize("name", ["a-b", "graph", "code", "meta", "naïve"])
+def test_names_that_no_graph_may_have(name: str, tmp_path: Path) -> None:
+    """Said when the model is saved, and not when it is read."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({name: nn.Linear(8, 2)}))
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = build()
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, rest = self.parts.children()
+            assert isinstance(rest, nn.ModuleDict)
+            return rest[name](first(x).relu())
+
+    imodel = _converted(Named(), x)
+    with pytest.warns(ClassNeededWarning, match="the name"):
+        gdnsq_fx.save(imodel, tmp_path / "m.safetensors")
+    loaded = gdnsq_fx.load(tmp_path / "m.safetensors", Named(), x)
+    assert torch.equal(loaded(x), imodel(x))
+
+
 def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 1, 8, 8)
