@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import struct
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch.fx import GraphModule
 
 import gdnsq_fx
 from gdnsq_fx.deploy import header
+from gdnsq_fx.deploy.header import plain_text
 from gdnsq_fx.errors import FileFormatError
 
 _X = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -79,7 +82,7 @@ def _signed(head: Head) -> Head:
 def _forged(image: bytes, change: Callable[[Head], None]) -> bytes:
     """The file with another description and a right checksum."""
     head, payload = _split(image)
-    description = json.loads(head["__metadata__"]["description"])
+    description = json.loads(plain_text(head["__metadata__"]["description"]))
     change(description)
     head["__metadata__"]["description"] = json.dumps(description)
     return _join(_signed(head), payload)
@@ -309,8 +312,20 @@ def test_a_name_that_comes_twice_in_the_metadata(
     name: str, saved: tuple[bytes, GraphModule], tmp_path: Path
 ) -> None:
     head, payload = _split(saved[0])
-    text = head["__metadata__"][name]
+    text = plain_text(head["__metadata__"][name])
     key = json.dumps(sorted(json.loads(text))[0])
     head["__metadata__"][name] = f"{text[:-1]}, {key}: null}}"
     content = _join(_signed(head), payload)
     assert _loaded(tmp_path / "m.safetensors", content) is None
+
+
+@pytest.mark.parametrize("text", [b" " * (1 << 27), b"{}", b"", b"\xff\xfe{}"])
+def test_a_compressed_description_is_bounded_and_checked(
+    text: bytes, saved: tuple[bytes, GraphModule], tmp_path: Path
+) -> None:
+    head, payload = _split(saved[0])
+    packed = base64.b85encode(zlib.compress(text, 9)).decode()
+    for stored in (packed, packed[:-3], f"{packed}00000", "c", "naïve"):
+        head["__metadata__"]["description"] = stored
+        content = _join(_signed(head), payload)
+        assert _loaded(tmp_path / "m.safetensors", content) is None
