@@ -54,13 +54,14 @@ def quantize_activation(
         region = compiled(_activation_region)
         flat = x.view(-1) if x.is_contiguous() else x  # one region for all shapes
         recipe = recipe_for(compiled(activation_levels), flat, *scalars)
-        levels = region(flat, *scalars, estimator)
+        made = region(flat, *scalars, estimator)
+        levels = made.view(x.shape)
     else:
         recipe = recipe_for(activation_levels, x, *scalars)
-        levels = _activation_region(x, *scalars, estimator, recipe)
+        made = levels = _activation_region(x, *scalars, estimator, recipe)
     if recipe is not None:
-        recipe.made(levels)  # not a view of it, which need not live on
-    return levels.view(x.shape) if levels.shape != x.shape else levels
+        recipe.made(made)  # not a view of it, which need not live on
+    return levels
 
 
 def quantize_weight(
@@ -92,13 +93,14 @@ def quantize_weight(
         region = compiled(_weight_region)
         rows, *grid, dims = _in_rows(weight, *grid, tuple(dims))
         recipe = recipe_for(compiled(weight_levels), rows, *grid)
-        levels = region(rows, *grid, dims, estimator)
+        made = region(rows, *grid, dims, estimator)
+        levels = made.view(weight.shape)
     else:
         recipe = recipe_for(weight_levels, weight, *grid)
-        levels = _weight_region(weight, *grid, tuple(dims), estimator, recipe)
+        made = levels = _weight_region(weight, *grid, tuple(dims), estimator, recipe)
     if recipe is not None:
-        recipe.made(levels)
-    return levels.view(weight.shape) if levels.shape != weight.shape else levels
+        recipe.made(made)
+    return levels
 
 
 def _activation_region(
