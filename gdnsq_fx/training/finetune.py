@@ -101,9 +101,9 @@ def finetune(
         validate_every: also call it every so many steps.
         schedule: how bits and rates go down; by default bits start at their targets
             (see ``recipe.py``), or with a ``budget`` at a plan of them.
-        lr: learning rate of weights (Adam); by default 3e-3, 1e-3 or 3e-4, where the
-            median weight has 1, 2 or more bits, and 1e-3 with a ``budget``. Quantizers
-            have their own (see `Schedule`).
+        lr: learning rate of weights (Adam); by default 3e-3, 1e-3, 3e-4 or 1e-4,
+            where the median weight has 1, 2, 3 or more bits, and 1e-3 with a
+            ``budget``. Quantizers have their own (see `Schedule`).
         max_grad_norm: gradients are clipped to this norm.
         progress: show a progress bar.
         tracker: notes the capacity of every edge through the run.

@@ -19,7 +19,7 @@ def _prepared(bits: int) -> torch.fx.GraphModule:
     return gdnsq_fx.prepare(model, x, config, [x])
 
 
-@pytest.mark.parametrize(("bits", "rate"), [(1, 3e-3), (2, 1e-3), (3, 3e-4), (8, 3e-4)])
+@pytest.mark.parametrize(("bits", "rate"), [(1, 3e-3), (2, 1e-3), (3, 3e-4), (8, 1e-4)])
 def test_rate_by_the_median_target_of_weights(bits: int, rate: float) -> None:
     qmodel = _prepared(bits)
     assign_targets(qmodel, {"0.input": 1, "2.weight": 8})
