@@ -12,12 +12,12 @@ from torch import Tensor
 
 from gdnsq_fx.deploy.edges import CodedEdge
 from gdnsq_fx.deploy.onnx_edges import edge_values
+from gdnsq_fx.deploy.openvino_core import openvino_core
 from gdnsq_fx.deploy.runtimes import Observation, Runtime, Values, tensors
 from gdnsq_fx.errors import BatchStructureError, FileFormatError, GdnsqError
 from gdnsq_fx.extras import required
 
 ONNX_EXTRA = "gdnsq-fx[onnx]"
-OPENVINO_EXTRA = "gdnsq-fx[openvino]"
 
 
 @final
@@ -79,9 +79,8 @@ class OpenVino(Runtime):
 
     def __init__(self, path: Path, edges: Sequence[CodedEdge]) -> None:
         self._path = path
-        openvino = required("openvino", "running OpenVINO", OPENVINO_EXTRA)
+        core = openvino_core()
         _, self._places = read_onnx(path, edges)
-        core = openvino.Core()
         hint = {"INFERENCE_PRECISION_HINT": "f32"}
         with loading(path, self.name):
             self._model = core.compile_model(core.read_model(path), "CPU", hint)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdnsq_fx.deploy.file_runtimes import ONNX_EXTRA, OPENVINO_EXTRA, loading
+from gdnsq_fx.deploy.file_runtimes import ONNX_EXTRA, loading
+from gdnsq_fx.deploy.openvino_core import OPENVINO_EXTRA, openvino_core
 from gdnsq_fx.errors import ConfigError, MissingExtraError
 from gdnsq_fx.extras import required
 
@@ -132,9 +133,8 @@ def _onnxruntime(path: Path, threads: int) -> Call:
 
 
 def _openvino(path: Path, threads: int) -> Call:
-    openvino = required("openvino", "timing with openvino", OPENVINO_EXTRA)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    core = openvino.Core()
+    core = openvino_core()
     compiled = core.compile_model(core.read_model(path), "CPU", settings)
     request = compiled.create_infer_request()
     return lambda inputs: request.infer(inputs, share_inputs=True)
