@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gdnsq_fx.cli.arguments import dimension, model_name, positive, shape
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[  # pyright: ignore[reportPrivateUsage]
-        argparse.ArgumentParser
-    ]
+from gdnsq_fx.cli.commands import Commands
 
 _DATA = (
     "samples as for report: a folder of images or an .npz file; without it random "

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gdnsq_fx import __version__
 from gdnsq_fx.cli.arguments import bits, model_name, not_negative, positive, shape
+from gdnsq_fx.cli.commands import Commands
 from gdnsq_fx.cli.deployment_parser import add_deployment
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[  # pyright: ignore[reportPrivateUsage]
-        argparse.ArgumentParser
-    ]
 
 _REPORT = (
     "Prepare a model for a few bits without training it, and show where that costs "
