@@ -27,7 +27,7 @@ from statistics import mean
 
 import torch
 from cifar_images import Augmented, load_cifar
-from mixed_training import METHODS, Case
+from mixed_training import METHODS, Case, prepared
 from resnet20 import trained_resnet20
 from study_command import measure, parsed
 from study_methods import CALIBRATION, REESTIMATED
@@ -35,7 +35,6 @@ from study_runs import mean_and_spread
 from tabulate import tabulate
 
 import gdnsq_fx
-from gdnsq_fx.analysis.cost_model import CostModel
 from gdnsq_fx.demo.seeding import seeded
 
 RESULTS = Path(__file__).parent / "results" / "study_mixed.md"
@@ -72,15 +71,7 @@ def run(
     teacher = trained_resnet20(data)
     started = time.perf_counter()
     calibration = train.first(CALIBRATION).batches(batch)
-    config = gdnsq_fx.QuantConfig(case.weight_bits, case.act_bits, first_last="exclude")
-    qmodel = gdnsq_fx.prepare(teacher, calibration[0], config, calibration)
-    cost = CostModel.of(qmodel)
-    budget = case.budget(cost)
-    if method == "allocate":
-        found = gdnsq_fx.allocate(qmodel, calibration, budget)
-        gdnsq_fx.assign_bits(qmodel, found, calibration)
-    if method == "planned":
-        gdnsq_fx.analyze(qmodel, calibration, widths=range(1, 9))
+    qmodel, cost, budget = prepared(case, method, teacher, calibration, "exclude")
     with seeded(seed):
         result = gdnsq_fx.finetune(
             qmodel,
