@@ -1,4 +1,4 @@
-"""What commands are added to: the type of what ``add_subparsers`` returns."""
+"""What commands share: what they are added to, and the option ``--input``."""
 
 from __future__ import annotations
 
@@ -8,5 +8,19 @@ from argparse import (
 )
 from typing import TypeAlias
 
-# As text: only for type checkers does the class take a parameter.
+from gdnsq_fx.cli.arguments import shape
+
+# What ``add_subparsers`` returns. As text: the class takes a parameter for type
+# checkers only.
 Commands: TypeAlias = "_SubParsersAction[ArgumentParser]"
+
+
+def add_input(command: ArgumentParser) -> None:
+    """Add the shape of the example input, which a model is captured with."""
+    command.add_argument(
+        "--input",
+        type=shape,
+        required=True,
+        metavar="SHAPE",
+        help="shape of the example input, batch size first: 1,3,224,224",
+    )
