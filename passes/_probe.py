@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from gdnsq_fx.analysis.divergence import sample_products
 from gdnsq_fx.analysis.edge_errors import ErrorSource
 from gdnsq_fx.annotations import facts
 from gdnsq_fx.nested import nested_graphs
-from gdnsq_fx.operands import Operand
 from gdnsq_fx.opinfo import OpInfo
 from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
 from gdnsq_fx.quantize.quantizer import Quantizer
@@ -23,6 +22,7 @@ from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.sites import sites
 
 from ._base import placeholder_values
+from ._error_effects import bears_error, error_effect, run_with
 from ._evaluated_norm import affine_norm, is_affine_norm
 from ._memory import written_values
 from ._nested_calls import run_by
@@ -191,65 +191,25 @@ class EdgeProbe(Interpreter):
         (operand,) = op.operands(op.bind(node))
         if operand.value in self._errors:
             edge, errors = self._errors[operand.value]
-            viewed = [self._run_with(node, op, operand, error) for error in errors]
+            viewed = [run_with(self, node, op, operand, error) for error in errors]
             self._errors[node] = (edge, viewed)
 
     def _output(self, node: Node, op: OpInfo, value: Any) -> Any:
         """Probe each tensor of the output for each weight that the node reads."""
         leaves, structure = tree_flatten(value)
-        places = [i for i, leaf in enumerate(leaves) if _is_probed(leaf)]
+        effect = partial(error_effect, self, joint=self.joint)
+        places = [i for i, leaf in enumerate(leaves) if bears_error(leaf)]
         for operand in op.operands(op.bind(node)):
             if not isinstance(operand.value, Node) or operand.value not in self._errors:
                 continue
             edge, errors = self._errors[operand.value]
             effects = [
-                tree_leaves(self._effect(node, op, operand, error, value))
-                for error in errors
+                tree_leaves(effect(node, op, operand, error, value)) for error in errors
             ]
             for i in places:
                 self.probes.append(([e[i] for e in effects], edge))
                 leaves[i] = self._tapped(leaves[i], node)
         return tree_unflatten(leaves, structure)
-
-    @torch.no_grad()
-    def _effect(
-        self, node: Node, op: OpInfo, operand: Operand, error: Any, value: Any
-    ) -> Any:
-        """What the error of one weight changes in the output."""
-        if op.is_compute and op.linear:
-            bias = {o.argument for o in op.operands(op.bind(node)) if o.role == "bias"}
-            return self._run_with(node, op, operand, error, drop=bias)
-        weight: Any = self.env[cast(Node, operand.value)]
-        if self.joint:
-            exact = self._run_with(node, op, operand, weight - error)
-            return tree_map(_difference, value, exact)
-        moved = self._run_with(node, op, operand, weight + error)
-        return tree_map(_difference, moved, value)
-
-    def _run_with(
-        self,
-        node: Node,
-        op: OpInfo,
-        operand: Operand,
-        value: Any,
-        drop: Iterable[str] = (),
-    ) -> Any:
-        """The operation with another value for one operand, and without some others."""
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        args, kwargs = op.replaced(
-            args,
-            kwargs,
-            operand.argument,
-            value,
-            index=operand.index,
-            target=node.target,
-        )
-        for name in drop:
-            if op.named(args, kwargs, target=node.target).get(name) is not None:
-                args, kwargs = op.replaced(args, kwargs, name, None, target=node.target)
-        if node.op == "call_method":
-            return self.call_method(str(node.target), args, kwargs)
-        return self.call_function(cast(Any, node.target), args, kwargs)
 
 
 def _added(known: Tensor | None, product: Tensor) -> Tensor:
@@ -259,11 +219,3 @@ def _added(known: Tensor | None, product: Tensor) -> Tensor:
     if known.shape == product.shape:
         return known + product
     return (known.sum() + product.sum()).reshape(1)
-
-
-def _is_probed(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def _difference(moved: Any, value: Any) -> Any:
-    return moved - value if _is_probed(moved) else moved

@@ -1,10 +1,12 @@
-"""The full study runs from end to end on small folders of generated images."""
+"""The full study on small folders of generated images; how studies keep their runs."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -104,3 +106,60 @@ def test_folders_of_other_classes_are_refused(
 def test_a_missing_folder_is_named(study: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder train"):
         study.main(_arguments(tmp_path, tmp_path))
+
+
+def test_a_study_makes_only_what_is_missing(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs on one thread here, and without the images of CIFAR-10."""
+    command = importlib.import_module("study_command")
+    short = importlib.import_module("study_short")
+    runs = importlib.import_module("study_runs")
+    made: list[tuple[Any, ...]] = []
+
+    def run(name: str, setting: Any, data: Path, work: Path) -> Any:
+        made.append((name, setting, data, work))
+        return outcome(name, setting)
+
+    def outcome(name: str, setting: Any) -> Any:
+        return short.Outcome(name, **vars(setting), **figures)
+
+    def in_turn(kept: Path, run: Any, todo: Any, workers: int) -> list[Any]:
+        assert workers == 2
+        return [run(*arguments) for arguments in todo]
+
+    figures = {"accuracy": 90.0, "mean_bits": 2.0, "met": True, "seconds": 1.0}
+    monkeypatch.setattr(command, "new_outcomes", in_turn)
+    monkeypatch.setattr(command, "load_cifar", lambda data, work: None)
+    kept = tmp_path / "kept.jsonl"
+    one, two, longer = (
+        short.Setting(bits, 0, steps, 64)
+        for bits, steps in ((2, 200), (3, 200), (2, 300))
+    )
+    runs.add_outcome(kept, outcome("ours", one))
+    runs.add_outcome(kept, outcome("ours", longer))
+    planned = {
+        (name, *vars(setting).values()): (name, setting)
+        for name in ("ours", "LSQ")
+        for setting in (one, two)
+    }
+    given = argparse.Namespace(data=tmp_path, work=tmp_path, steps=200, batch=64)
+    for workers, missing in ((0, []), (2, [("ours", two), ("LSQ", one), ("LSQ", two)])):
+        given.workers = workers
+        found = command.measure(
+            kept, short.Outcome, run, planned, short.IDENTITY, given
+        )
+        assert made == [(*pair, tmp_path, tmp_path) for pair in missing]
+        wanted = [("ours", one), *missing]
+        assert found == [outcome(*pair) for pair in wanted]
+
+
+@pytest.mark.parametrize("name", ["study_short", "study_mixed"])
+def test_planned_runs_are_told_apart(study: ModuleType, name: str) -> None:
+    """Fields of an outcome; the results that are kept beside the tables have them."""
+    module = importlib.import_module(name)
+    fields = list(module.Outcome.__dataclass_fields__)
+    assert fields[: len(module.IDENTITY)] == list(module.IDENTITY)
+    kept = module.RESULTS.with_suffix(".jsonl")
+    found = importlib.import_module("study_runs").kept_outcomes(kept, module.Outcome)
+    assert found or name == "study_mixed"

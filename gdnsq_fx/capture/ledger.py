@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
+from gdnsq_fx.capture.gradient_history import GradientHistory
 from gdnsq_fx.capture.location import calling_line
 from gdnsq_fx.capture.scalars import TracedFloat, TracedInt, plain
 from gdnsq_fx.capture.values import Untraceable, map_argument, map_parts
@@ -75,11 +76,7 @@ class Ledger:
         self._inputs_end: Node | None = None
         self._nodes: dict[int, tuple[Tensor, Node]] = {}
         self._changes: list[tuple[int, tuple[Tensor, Node] | None]] = []
-        # Under ``no_grad``: twin of each node that was read, nodes without a history,
-        # and outputs of modules, whose own parameters were not detached.
-        self._detached: dict[Node, Node] = {}
-        self._gradless: set[Node] = set()
-        self._leaky: set[Node] = set()
+        self._history = GradientHistory(self.graph, self.scopes)
 
     # --- nodes -----------------------------------------------------------------------
 
@@ -185,9 +182,7 @@ class Ledger:
     def has_history(self, value: Tensor) -> bool:
         """Whether a gradient may flow through a tensor in training."""
         known = self._nodes.get(id(value))
-        if known is None or known[1].op == "placeholder":
-            return False
-        return torch.is_grad_enabled() and known[1] not in self._gradless
+        return known is not None and self._history.reaches(known[1])
 
     def versions(self, tree: Any) -> dict[int, int]:
         """How often each tensor of a call was written into, to see what it writes."""
@@ -229,10 +224,7 @@ class Ledger:
                 self.graph.erase_node(node)
                 self.disposable.discard(node)
                 self.numbers.pop(node, None)
-                self._gradless.discard(node)
-                self._detached = {
-                    k: v for k, v in self._detached.items() if v is not node
-                }
+                self._history.forget(node)
         while len(self._changes) > mark.changes:
             key, previous = self._changes.pop()
             if previous is None:
@@ -245,7 +237,7 @@ class Ledger:
     def _leaf(self, value: Any) -> Any:
         """A tensor or traced number as its node; anything else as it is."""
         if isinstance(value, Tensor):
-            return self._as_read(self._node_of(value))
+            return self._history.as_read(self._node_of(value))
         if isinstance(value, TracedInt | TracedFloat):
             return value.node if value.node.graph is self.graph else plain(value)
         return value
@@ -276,27 +268,7 @@ class Ledger:
         self._named[id(value)] = name, value
         return self.attribute(name)
 
-    def _as_read(self, node: Node) -> Node:
-        """Detached where it is read under ``no_grad``: the graph has no such region."""
-        reads_history = torch.is_grad_enabled() and node not in self._leaky
-        if reads_history or node in self._gradless:
-            return node
-        if node not in self._detached:
-            made = self.graph.call_method("detach", (node,))
-            made.meta["nn_module_stack"] = dict(self.scopes)
-            self._detached[node] = made
-            self._gradless.add(made)
-        return self._detached[node]
-
     def _remember(self, value: Tensor, node: Node) -> None:
         self._changes.append((id(value), self._nodes.get(id(value))))
         self._nodes[id(value)] = value, node
-        if not value.is_floating_point():
-            self._gradless.add(node)
-        elif not torch.is_grad_enabled():
-            # A module's own parameters were not detached: what it returns must be.
-            inside = node.op == "call_module" or (
-                node.all_input_nodes[:1]
-                and (node.all_input_nodes[0].op == "call_module")
-            )
-            (self._leaky if inside else self._gradless).add(node)
+        self._history.note(value, node)

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from gdnsq_fx.cli.arguments import dimension, model_name, positive, shape
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[  # pyright: ignore[reportPrivateUsage]
-        argparse.ArgumentParser
-    ]
+from gdnsq_fx.cli.arguments import dimension, model_name, positive
+from gdnsq_fx.cli.commands import Commands, add_input
 
 _DATA = (
     "samples as for report: a folder of images or an .npz file; without it random "
@@ -101,13 +96,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         type=model_name,
         help="torchvision:NAME, timm:NAME, or MODULE:CALLABLE, as for report",
     )
-    add(
-        "--input",
-        type=shape,
-        required=True,
-        metavar="SHAPE",
-        help="shape of the example input, batch size first: 1,3,224,224",
-    )
+    add_input(command)
     add(
         "--checkpoint",
         type=Path,

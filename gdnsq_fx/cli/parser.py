@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gdnsq_fx import __version__
-from gdnsq_fx.cli.arguments import bits, model_name, not_negative, positive, shape
+from gdnsq_fx.cli.arguments import bits, model_name, not_negative, positive
+from gdnsq_fx.cli.commands import Commands, add_input
 from gdnsq_fx.cli.deployment_parser import add_deployment
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[  # pyright: ignore[reportPrivateUsage]
-        argparse.ArgumentParser
-    ]
 
 _REPORT = (
     "Prepare a model for a few bits without training it, and show where that costs "
@@ -85,13 +80,7 @@ def _add_report(commands: Commands) -> None:
         help="torchvision:NAME, timm:NAME, or MODULE:CALLABLE, which is called without "
         "arguments and returns the model; the current folder is searched first",
     )
-    add(
-        "--input",
-        type=shape,
-        required=True,
-        metavar="SHAPE",
-        help="shape of the example input, batch size first: 1,3,224,224",
-    )
+    add_input(report)
     add(
         "--weights",
         type=Path,

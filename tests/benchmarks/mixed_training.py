@@ -22,9 +22,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import torch
 from tabulate import tabulate
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from tqdm import tqdm
 
@@ -93,13 +95,26 @@ class Outcome:
     seconds: float
 
 
-def run(
-    case: Case, method: str, model: DigitsNet, data: DigitsData, seed: int, steps: int
-) -> Outcome:
-    """Prepare and fine-tune one trained network, and measure what comes of it."""
-    started = time.perf_counter()
-    calibration = data.train_images[: 8 * BATCH].split(BATCH)
-    config = gdnsq_fx.QuantConfig(case.weight_bits, case.act_bits, first_last=None)
+def prepared(
+    case: Case,
+    method: str,
+    model: nn.Module,
+    calibration: Sequence[Tensor],
+    first_last: Literal["exclude"] | None,
+) -> tuple[GraphModule, CostModel, gdnsq_fx.Budget]:
+    """A model as a method fine-tunes it, what it costs, and what it may cost.
+
+    Args:
+        case: the budget, and the bits that it comes from.
+        method: one of `METHODS`.
+        model: in floating point.
+        calibration: inputs, ``[batch, channels, height, width]``.
+        first_last: what is done with the first and the last layer, as in
+            `gdnsq_fx.QuantConfig`.
+    """
+    config = gdnsq_fx.QuantConfig(
+        case.weight_bits, case.act_bits, first_last=first_last
+    )
     qmodel = gdnsq_fx.prepare(model, calibration[0], config, calibration)
     cost = CostModel.of(qmodel)
     budget = case.budget(cost)
@@ -108,6 +123,16 @@ def run(
         gdnsq_fx.assign_bits(qmodel, found, calibration)
     if method == "planned":
         gdnsq_fx.analyze(qmodel, calibration, widths=range(1, 9))
+    return qmodel, cost, budget
+
+
+def run(
+    case: Case, method: str, model: DigitsNet, data: DigitsData, seed: int, steps: int
+) -> Outcome:
+    """Prepare and fine-tune one trained network, and measure what comes of it."""
+    started = time.perf_counter()
+    calibration = data.train_images[: 8 * BATCH].split(BATCH)
+    qmodel, cost, budget = prepared(case, method, model, calibration, first_last=None)
     result = gdnsq_fx.finetune(
         qmodel,
         train_loader(data, BATCH, seed=seed),

@@ -19,8 +19,6 @@ was interrupted.
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,18 +27,18 @@ from statistics import mean
 
 import torch
 from cifar_images import Augmented, load_cifar
-from mixed_training import METHODS, Case
+from mixed_training import METHODS, Case, prepared
 from resnet20 import trained_resnet20
+from study_command import measure, parsed
 from study_methods import CALIBRATION, REESTIMATED
-from study_runs import kept_outcomes, mean_and_spread, new_outcomes
+from study_runs import mean_and_spread
 from tabulate import tabulate
 
 import gdnsq_fx
-from gdnsq_fx.analysis.cost_model import CostModel
 from gdnsq_fx.demo.seeding import seeded
 
 RESULTS = Path(__file__).parent / "results" / "study_mixed.md"
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+IDENTITY = ("budget", "method", "seed", "steps", "batch")
 SEEDS = (0, 1, 2)
 CASES = (
     Case("weight bytes of W2A2", 2, 2, "weight_bytes", act_ceiling=2),
@@ -73,15 +71,7 @@ def run(
     teacher = trained_resnet20(data)
     started = time.perf_counter()
     calibration = train.first(CALIBRATION).batches(batch)
-    config = gdnsq_fx.QuantConfig(case.weight_bits, case.act_bits, first_last="exclude")
-    qmodel = gdnsq_fx.prepare(teacher, calibration[0], config, calibration)
-    cost = CostModel.of(qmodel)
-    budget = case.budget(cost)
-    if method == "allocate":
-        found = gdnsq_fx.allocate(qmodel, calibration, budget)
-        gdnsq_fx.assign_bits(qmodel, found, calibration)
-    if method == "planned":
-        gdnsq_fx.analyze(qmodel, calibration, widths=range(1, 9))
+    qmodel, cost, budget = prepared(case, method, teacher, calibration, "exclude")
     with seeded(seed):
         result = gdnsq_fx.finetune(
             qmodel,
@@ -117,23 +107,6 @@ def planned() -> Iterator[tuple[Case, str, int]]:
                 yield case, method, seed
 
 
-def measure(
-    data: Path, work: Path, steps: int, batch: int, workers: int
-) -> list[Outcome]:
-    """All runs, as many at a time as there are workers."""
-    kept = work / "study_mixed.jsonl"
-    found = kept_outcomes(kept, Outcome)
-    done = {(o.budget, o.method, o.seed, o.steps, o.batch) for o in found}
-    todo = [
-        (case, method, seed, steps, batch, data, work)
-        for case, method, seed in planned()
-        if (case.name, method, seed, steps, batch) not in done
-    ]
-    load_cifar(data, work)  # decoded once, before several ask for it
-    found += new_outcomes(kept, run, todo, workers)
-    return [o for o in found if (o.steps, o.batch) == (steps, batch)]
-
-
 def table(found: Sequence[Outcome]) -> str:
     """Markdown, one row for each budget and method."""
     rows = []
@@ -163,17 +136,14 @@ def _cells(runs: Sequence[Outcome]) -> tuple[str, ...]:
 
 def main() -> None:
     """Run what is missing, print and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, default=DATA, help="CIFAR-10 and weights")
-    parser.add_argument("--work", type=Path, required=True, help="keeps images, runs")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    found = measure(given.data, given.work, given.steps, given.batch, given.workers)
+    given = parsed(__doc__)
+    kept = given.work / "study_mixed.jsonl"
+    asked = given.steps, given.batch
+    every = {
+        (case.name, method, seed, *asked): (case, method, seed, *asked)
+        for case, method, seed in planned()
+    }
+    found = measure(kept, Outcome, run, every, IDENTITY, given)
     _, test = load_cifar(given.data, given.work)
     reference = test.accuracy(trained_resnet20(given.data))
     text = (

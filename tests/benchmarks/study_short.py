@@ -25,9 +25,7 @@ Needs ``pip install brevitas``.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -38,14 +36,14 @@ import torch
 import torch.nn.functional as F
 from cifar_images import load_cifar
 from resnet20 import trained_resnet20
+from study_command import measure, parsed
 from study_methods import Method, Setting, ours, peer
-from study_runs import kept_outcomes, mean_and_spread, new_outcomes
+from study_runs import mean_and_spread
 from tabulate import tabulate
 
 from gdnsq_fx import Schedule
 
 RESULTS = Path(__file__).parent / "results" / "study_short.md"
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
 BITS = (4, 3, 2, 1)
 ABLATION_BITS = (2, 1)
 SEEDS = (0, 1, 2)
@@ -53,6 +51,7 @@ SEEDS = (0, 1, 2)
 # 86.2 %), Brevitas at 3e-4 (86.3 and 87.4 %).
 LSQ_LR = {4: 1e-3, 3: 1e-3, 2: 1e-3, 1: 3e-3}
 BREVITAS_LR = {4: 3e-4, 3: 3e-4, 2: 1e-3, 1: 3e-3}
+IDENTITY = ("method", "bits", "seed", "steps", "batch")
 MAIN = ("ours", "paper", "LSQ", "Brevitas")
 
 
@@ -151,24 +150,6 @@ def planned(steps: int, batch: int) -> Iterator[tuple[str, Setting]]:
                 yield name, Setting(bits, seed, steps, batch)
 
 
-def measure(
-    data: Path, work: Path, steps: int, batch: int, workers: int
-) -> list[Outcome]:
-    """All runs, as many at a time as there are workers; without any, those kept."""
-    kept = RESULTS.with_suffix(".jsonl")
-    found = kept_outcomes(kept, Outcome)
-    done = {(o.method, o.bits, o.seed, o.steps, o.batch) for o in found}
-    todo = [
-        (name, setting, data, work)
-        for name, setting in planned(steps, batch)
-        if (name, *asdict(setting).values()) not in done
-    ]
-    load_cifar(data, work)  # decoded once, before several ask for it
-    if workers:
-        found += new_outcomes(kept, run, todo, workers)
-    return [o for o in found if (o.steps, o.batch) == (steps, batch)]
-
-
 def table(found: Sequence[Outcome], names: Sequence[str], every: Sequence[int]) -> str:
     """Markdown: a row for each method, mean and spread of the seeds in each column."""
     rows = []
@@ -190,18 +171,13 @@ def table(found: Sequence[Outcome], names: Sequence[str], every: Sequence[int]) 
 
 def main() -> None:
     """Run what is missing, print and write the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, default=DATA, help="CIFAR-10 and weights")
-    parser.add_argument("--work", type=Path, required=True, help="keeps images")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=64)
-    cores = os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, help="0: tables only")
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    found = measure(given.data, given.work, given.steps, given.batch, given.workers)
+    given = parsed(__doc__)
+    kept = RESULTS.with_suffix(".jsonl")
+    every = {
+        (name, *asdict(setting).values()): (name, setting)
+        for name, setting in planned(given.steps, given.batch)
+    }
+    found = measure(kept, Outcome, run, every, IDENTITY, given)
     _, test = load_cifar(given.data, given.work)
     reference = test.accuracy(trained_resnet20(given.data))
     text = (

@@ -70,23 +70,10 @@ def test_transformers(build: Any, attention: str, tmp_path: Path) -> None:
         assert float((got - wanted).abs().max()) <= 0.01 * spread
 
 
-class _Counted(nn.Module):
-    """Its Python runs as often as the data say."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(int(x.abs().sum()) % 3 + 1):
-            x = self.inner(x).relu()
-        return x
-
-
-def test_python_that_reads_data_cannot_be_exported(tmp_path: Path) -> None:
+def test_python_that_reads_data_cannot_be_exported(looped, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8)
-    net = nn.Sequential(nn.Linear(8, 8), _Counted(), nn.Linear(8, 2))
+    net = nn.Sequential(nn.Linear(8, 8), looped(), nn.Linear(8, 2))
     qmodel = gdnsq_fx.prepare(net.eval(), x, calibration=[x])
     assert set(qmodel.facts.opaque) == {"1"}
     imodel = gdnsq_fx.convert(qmodel)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch import nn
 
 import gdnsq_fx
 from gdnsq_fx.deploy.reference import ReferenceExecutor
@@ -17,35 +16,12 @@ from gdnsq_fx.errors import MissingExtraError, PassError
 _X = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-class _Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.mid = nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x)).relu()
-        x = (self.mid(x) + x).relu()
-        return self.fc(x.mean((2, 3)))
-
-
-def _converted(bits: int) -> GraphModule:
-    torch.manual_seed(0)
-    config = gdnsq_fx.QuantConfig(weight_bits=bits, act_bits=bits, first_last=None)
-    qmodel = gdnsq_fx.prepare(_Net().eval(), _X, config, [_X])
-    return gdnsq_fx.convert(qmodel)
-
-
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
-def test_three_executors_agree(bits: int, tmp_path: Path) -> None:
+def test_three_executors_agree(prepared_residual, bits: int, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    torch.manual_seed(0)
-    config = gdnsq_fx.QuantConfig(weight_bits=bits, act_bits=bits, first_last=None)
-    qmodel = gdnsq_fx.prepare(_Net().eval(), _X, config, [_X])
+    qmodel = prepared_residual(_X, bits)
     path = tmp_path / "model.onnx"
     assert gdnsq_fx.export(gdnsq_fx.convert(qmodel), path, _X) == path.stat().st_size
     model = gdnsq_fx.convert(qmodel, deployable=True)
@@ -64,9 +40,9 @@ def test_three_executors_agree(bits: int, tmp_path: Path) -> None:
 
 
 def test_without_onnx_the_extra_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    converted_residual, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    imodel = _converted(2)
+    imodel = converted_residual(_X, 2)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingExtraError, match=r"gdnsq-fx\[onnx\]"):
         gdnsq_fx.export(imodel, tmp_path / "model.onnx", _X)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gdnsq_fx
 from gdnsq_fx.errors import MissingExtraError, PassError
@@ -20,28 +20,6 @@ pytest.importorskip("onnx.reference")
 
 _DOMAIN = "qonnx.custom_op.general"
 _X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-
-
-class _Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.mid = nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x)).relu()
-        x = (self.mid(x) + x).relu()
-        return self.fc(x.mean((2, 3)))
-
-
-def _converted(bits: int, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    settings = {"weight_bits": bits, "act_bits": bits, "first_last": None, **settings}
-    config = gdnsq_fx.QuantConfig(**settings)
-    qmodel = gdnsq_fx.prepare(_Net().eval(), _X, config, [_X])
-    return gdnsq_fx.convert(qmodel)
 
 
 def _own_operations() -> list[Any]:
@@ -76,9 +54,9 @@ def _attributes(node: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("offset", ["free", "half_step", "integer"])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_computes_what_the_converted_model_does(
-    bits: int, offset: Any, tmp_path: Path
+    converted_residual, bits: int, offset: Any, tmp_path: Path
 ) -> None:
-    imodel = _converted(bits, offset=offset)
+    imodel = converted_residual(_X, bits, offset=offset)
     path = tmp_path / "model.onnx"
     size = gdnsq_fx.export(imodel, path, _X, format="qonnx")
     assert size == path.stat().st_size
@@ -93,8 +71,11 @@ def test_computes_what_the_converted_model_does(
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_scales_and_bits_are_the_trained_ones(tmp_path: Path) -> None:
-    imodel = _converted(4, overrides={"fc": Override(weight_bits=3, act_bits=5)})
+def test_scales_and_bits_are_the_trained_ones(
+    converted_residual, tmp_path: Path
+) -> None:
+    overrides = {"fc": Override(weight_bits=3, act_bits=5)}
+    imodel = converted_residual(_X, 4, overrides=overrides)
     gdnsq_fx.export(imodel, tmp_path / "m.onnx", _X, format="qonnx")
     graph = onnx.load(tmp_path / "m.onnx").graph
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
@@ -147,20 +128,22 @@ def test_the_form_of_a_weight(levels: list[float], kind: Any, tmp_path: Path) ->
     assert zero == (0.0 if kind["signed"] else -min(levels))
 
 
-def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    qmodel = gdnsq_fx.prepare(_Net().eval(), _X, calibration=[_X])
-    model = gdnsq_fx.convert(qmodel, deployable=True)
+def test_refusals(
+    converted_residual, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = converted_residual(_X, 4, deployable=True)
     with pytest.raises(PassError, match="without deployable=True"):
         gdnsq_fx.export(model, tmp_path / "m.onnx", _X, format="qonnx")
+    imodel = converted_residual(_X, 2)
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"gdnsq-fx\[onnx\]"):
-        gdnsq_fx.export(_converted(2), tmp_path / "m.onnx", _X, format="qonnx")
+        gdnsq_fx.export(imodel, tmp_path / "m.onnx", _X, format="qonnx")
 
 
-def test_qonnx_itself_computes_the_same(tmp_path: Path) -> None:
+def test_qonnx_itself_computes_the_same(converted_residual, tmp_path: Path) -> None:
     execution = pytest.importorskip("qonnx.core.onnx_exec")
     wrapper = pytest.importorskip("qonnx.core.modelwrapper")
-    imodel = _converted(3)
+    imodel = converted_residual(_X, 3)
     path = tmp_path / "m.onnx"
     gdnsq_fx.export(imodel, path, _X, format="qonnx", dynamic_batch=False)
     model = wrapper.ModelWrapper(str(path))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,9 @@ _X = torch.randn(48, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 _EDGES = ("conv.input", "mid.input", "fc.input")
 
 
-class _Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.mid = nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x)).relu()
-        x = (self.mid(x) + x).relu()
-        return self.fc(x.mean((2, 3)))
-
-
-def _converted(bits: int = 4, deployable: bool = True, **settings: Any) -> GraphModule:
-    torch.manual_seed(0)
-    given = {"weight_bits": bits, "act_bits": bits, "first_last": None, **settings}
-    qmodel = gdnsq_fx.prepare(_Net().eval(), _X, gdnsq_fx.QuantConfig(**given), [_X])
-    return gdnsq_fx.convert(qmodel, deployable=deployable)
+@pytest.fixture
+def converted(converted_residual) -> Callable[..., GraphModule]:
+    return functools.partial(converted_residual, _X, deployable=True)
 
 
 def _exported(imodel: GraphModule, folder: Path) -> Path:
@@ -70,8 +55,8 @@ def _verified(imodel: GraphModule, path: Path | None = None, **given: Any) -> An
 
 
 @pytest.mark.parametrize("bits", [8, 2, 1])
-def test_torch_and_onnxruntime_agree(bits: int, tmp_path: Path) -> None:
-    imodel = _converted(bits)
+def test_torch_and_onnxruntime_agree(converted, bits: int, tmp_path: Path) -> None:
+    imodel = converted(bits)
     found = _verified(imodel, _exported(imodel, tmp_path))
     assert found.ok and found.inputs == 48 and found.trained is None
     assert [one.name for one in found.runtimes] == ["torch", "onnxruntime"]
@@ -86,8 +71,8 @@ def test_torch_and_onnxruntime_agree(bits: int, tmp_path: Path) -> None:
     assert (found.weights.codes, found.weights.differing) == (weights, {})
 
 
-def test_what_was_trained_stands_beside_it() -> None:
-    imodel = _converted(8, deployable=False)
+def test_what_was_trained_stands_beside_it(converted) -> None:
+    imodel = converted(8, deployable=False)
     before = {name: value.clone() for name, value in imodel.state_dict().items()}
     found = _verified(imodel)
     assert found.ok and found.trained is not None
@@ -100,9 +85,9 @@ def test_what_was_trained_stands_beside_it() -> None:
     "settings",
     [{"offset": "free"}, {"act_bits": 10}, {"scope": "full"}, {"exclude": ("mid",)}],
 )
-def test_other_forms(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_other_forms(converted, settings: dict[str, Any], tmp_path: Path) -> None:
     """Grids reached in two steps, edges of more than 8 bits, sums, layers in floats."""
-    imodel = _converted(4, **settings)
+    imodel = converted(4, **settings)
     found = _verified(imodel, _exported(imodel, tmp_path))
     assert found.ok, str(found)
     assert all(one.codes > 48 * 8 for one in found.runtimes)
@@ -110,7 +95,7 @@ def test_other_forms(settings: dict[str, Any], tmp_path: Path) -> None:
     assert names == [edge.name for edge in found.runtimes[1].edges]
 
 
-def test_batches_with_targets_are_streamed() -> None:
+def test_batches_with_targets_are_streamed(converted) -> None:
     alive: list[weakref.ref[Tensor]] = []
     most = 0
 
@@ -123,15 +108,15 @@ def test_batches_with_targets_are_streamed() -> None:
             yield images, torch.zeros(4)
 
     found = gdnsq_fx.verify(
-        _converted(), None, batches(), runtimes=["torch"], progress=False
+        converted(), None, batches(), runtimes=["torch"], progress=False
     )
     assert found.inputs == 48 and found.runtimes[0].edges[0].codes == 48 * 108
     assert most <= 2
 
 
-def test_names_of_edges_in_the_file(tmp_path: Path) -> None:
+def test_names_of_edges_in_the_file(converted, tmp_path: Path) -> None:
     """They are names alone: the file returns what the model returns, and no codes."""
-    imodel = _converted(4, offset="free")
+    imodel = converted(4, offset="free")
     path = _exported(imodel, tmp_path)
     onnx = pytest.importorskip("onnx")
     model = onnx.load(path)
@@ -176,9 +161,9 @@ def _weight_names(model: GraphModule) -> list[str]:
     ("layer", "first"), [(0, "mid.input"), (1, "fc.input"), (2, "output")]
 )
 def test_a_changed_code_of_a_weight_is_found(
-    layer: int, first: str, tmp_path: Path
+    converted, layer: int, first: str, tmp_path: Path
 ) -> None:
-    imodel = _converted(8)
+    imodel = converted(8)
     path = _exported(imodel, tmp_path)
     _with_changed_code(path, _weight_names(imodel)[layer])
     found = _verified(imodel, path)
@@ -249,9 +234,8 @@ class _Flipping(Runtime):
         return Observation(tensors(Run(self._model).run(*values)), codes)
 
 
-def _flipped(value: float, by: int) -> Any:
+def _flipped(model: GraphModule, value: float, by: int) -> Any:
     """A certificate where the first input is so many steps, and its code is moved."""
-    model = _converted(8)
     edges = coded_edges(model)
     edge = edges[0]
     batch = _X[:4].clone()
@@ -265,8 +249,8 @@ def _flipped(value: float, by: int) -> Any:
     return verification.certificate()
 
 
-def test_a_rounding_is_shown_and_not_failed() -> None:
-    found = _flipped(100.4999, 1)
+def test_a_rounding_is_shown_and_not_failed(converted) -> None:
+    found = _flipped(converted(8), 100.4999, 1)
     (one,) = found.runtimes
     assert (one.edges[0].differing, one.edges[0].rounding, one.wrong) == (1, 1, 0)
     # What follows differs, and is not held against the edges that follow.
@@ -279,16 +263,16 @@ def test_a_rounding_is_shown_and_not_failed() -> None:
     ("value", "by"),
     [(100.4999, 2), (100.4999, -1), (100.4, 1), (-300.5, 1), (300.5, -1)],
 )
-def test_any_other_code_fails(value: float, by: int) -> None:
-    found = _flipped(value, by)
+def test_any_other_code_fails(converted, value: float, by: int) -> None:
+    found = _flipped(converted(8), value, by)
     (one,) = found.runtimes
     assert (one.edges[0].departing, one.edges[0].rounding) == (1, 0)
     assert one.first_wrong == "conv.input" and not found.ok
     assert one.edges[1].departing == 0
 
 
-def test_outputs_that_do_not_follow_from_the_codes_fail() -> None:
-    model = _converted(8)
+def test_outputs_that_do_not_follow_from_the_codes_fail(converted) -> None:
+    model = converted(8)
 
     class Off(_Flipping):
         def outputs(self, values: Any) -> list[Tensor]:
@@ -306,8 +290,8 @@ def test_outputs_that_do_not_follow_from_the_codes_fail() -> None:
 # --- how it is shown ---
 
 
-def test_print_and_json(tmp_path: Path) -> None:
-    imodel = _converted(2, deployable=False)
+def test_print_and_json(converted, tmp_path: Path) -> None:
+    imodel = converted(2, deployable=False)
     path = _exported(imodel, tmp_path)
     found = _verified(imodel, path)
     lines = str(found).splitlines()
@@ -323,9 +307,9 @@ def test_print_and_json(tmp_path: Path) -> None:
 
 
 def test_absent_runtimes_are_listed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    imodel = _converted()
+    imodel = converted()
     path = _exported(imodel, tmp_path)
     patterns = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
     for library in ("openvino", "torchao", patterns, "onnxruntime"):
@@ -339,9 +323,9 @@ def test_absent_runtimes_are_listed(
         _verified(imodel, path, runtimes=["openvino"])
 
 
-def test_openvino_agrees(tmp_path: Path) -> None:
+def test_openvino_agrees(converted, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    imodel = _converted(4)
+    imodel = converted(4)
     found = _verified(imodel, _exported(imodel, tmp_path), runtimes=["openvino"])
     assert found.ok, str(found)
     assert tuple(edge.name for edge in found.runtimes[0].edges) == _EDGES
@@ -350,8 +334,8 @@ def test_openvino_agrees(tmp_path: Path) -> None:
 # --- refusals ---
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
-    imodel = _converted()
+def test_what_is_refused(converted, prepared_residual, tmp_path: Path) -> None:
+    imodel = converted()
     with pytest.raises(ConfigError, match="'onnxruntime' needs a file"):
         _verified(imodel, runtimes=["onnxruntime"])
     with pytest.raises(ConfigError, match="'tensorrt' is not known"):
@@ -366,16 +350,16 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.txt.*\.onnx"):
         _verified(imodel, tmp_path / "model.txt")
     with pytest.raises(PassError):
-        _verified(gdnsq_fx.prepare(_Net().eval(), _X, calibration=[_X]))
+        _verified(prepared_residual(_X))
 
 
-def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_files_that_do_not_fit_are_refused(converted, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"not a model")
     with pytest.raises(FileFormatError, match=r"cannot load .*broken\.onnx"):
-        _verified(_converted(), broken)
-    path = _exported(_converted(), tmp_path)
+        _verified(converted(), broken)
+    path = _exported(converted(), tmp_path)
     torch.manual_seed(0)
     x = _X[:, 0, 0, :4]
     qmodel = gdnsq_fx.prepare(nn.Linear(4, 2), x, calibration=[x])

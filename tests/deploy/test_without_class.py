@@ -167,26 +167,13 @@ def _own(x: Tensor) -> Tensor:
 torch.fx.wrap("_own")
 
 
-class _Looped(nn.Module):
-    """Its Python runs as often as the data say: no graph holds it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(int(x.abs().sum()) % 3 + 1):
-            x = self.inner(x).relu()
-        return x
-
-
-def test_what_no_file_holds_is_said(tmp_path: Path) -> None:
+def test_what_no_file_holds_is_said(looped, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8)
     path = tmp_path / "m.safetensors"
 
     def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(8, 8), _Looped(), nn.Linear(8, 2))
+        return nn.Sequential(nn.Linear(8, 8), looped(), nn.Linear(8, 2))
 
     qmodel = gdnsq_fx.prepare(build().eval(), x, calibration=[x])
     imodel = gdnsq_fx.convert(qmodel)
@@ -202,7 +189,7 @@ def test_what_no_file_holds_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["function", "method", "attribute", "module"])
-def test_calls_that_no_table_holds(kind: str, tmp_path: Path) -> None:
+def test_calls_that_no_table_holds(looped, kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 1, 8, 8)
     imodel = _converted(_Residual(), x)
@@ -216,7 +203,7 @@ def test_calls_that_no_table_holds(kind: str, tmp_path: Path) -> None:
         elif kind == "attribute":
             imodel.graph.call_function(getattr, (first, "__class__"))
         else:
-            imodel.add_module("odd", _Looped())
+            imodel.add_module("odd", looped())
             imodel.graph.call_module("odd", (first,))
     with pytest.warns(ClassNeededWarning, match=f"the {kind} .*will|{kind}"):
         gdnsq_fx.save(imodel, tmp_path / "m.safetensors")

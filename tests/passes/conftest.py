@@ -7,14 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
 
 from gdnsq_fx.capture.capture import capture
-from gdnsq_fx.passes import AnnotateOperations, ExposeWeights, run_passes
+from gdnsq_fx.inputs import InputStructure
+from gdnsq_fx.passes import (
+    AnnotateOperations,
+    Calibrate,
+    ExposeWeights,
+    InsertQuantizers,
+    PropagateShapes,
+    run_passes,
+)
+from gdnsq_fx.spec import QuantConfig
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +52,12 @@ def exposed() -> Callable[..., GraphModule]:
 
 
 @pytest.fixture
+def calibrated() -> Callable[..., GraphModule]:
+    """``calibrated(model, x, **settings)``: with quantizers, placed on ``x``."""
+    return _calibrated
+
+
+@pytest.fixture
 def alone() -> Callable[..., PassResult]:
     """Run one pass in torch's own manager."""
     return lambda one, module: PassManager(passes=[one])(module)
@@ -57,6 +72,13 @@ def shape_prop() -> Callable[..., Callable[[GraphModule], PassResult]]:
 def _exposed(model: nn.Module, *args: Any) -> GraphModule:
     captured = capture(model, args, {})
     return run_passes(captured, (AnnotateOperations(), ExposeWeights()))
+
+
+def _calibrated(model: nn.Module, x: Tensor, **settings: Any) -> GraphModule:
+    config = QuantConfig(**{"first_last": None, **settings})
+    steps = (PropagateShapes((x,)), InsertQuantizers(config))
+    calibrate = Calibrate([x], InputStructure.of(x))
+    return run_passes(_exposed(model, x), (*steps, calibrate))
 
 
 def _shape_prop(*args: Any) -> Callable[[GraphModule], PassResult]:

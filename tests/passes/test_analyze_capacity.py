@@ -16,14 +16,12 @@ from gdnsq_fx.errors import BatchStructureError, CalibrationError, PassError
 from gdnsq_fx.inputs import InputStructure
 from gdnsq_fx.passes import (
     AnalyzeCapacity,
-    Calibrate,
     InsertQuantizers,
     PropagateShapes,
     run_passes,
 )
 from gdnsq_fx.quantize.quantizer import quantization_disabled
 from gdnsq_fx.sites import sites
-from gdnsq_fx.spec import QuantConfig
 
 _X = torch.randn(32, 3, 5, 5)
 _INPUTS = InputStructure.of(_X)
@@ -42,12 +40,9 @@ class _Net(nn.Module):
 
 
 @pytest.fixture
-def prepared(exposed) -> Any:
+def prepared(calibrated) -> Any:
     def make(model: nn.Module, x: Tensor = _X, **settings: Any) -> GraphModule:
-        config = QuantConfig(**{"first_last": None, **settings})
-        steps = (PropagateShapes((x,)), InsertQuantizers(config))
-        calibrate = Calibrate([x], InputStructure.of(x))
-        return run_passes(exposed(model, x), (*steps, calibrate))
+        return calibrated(model, x, **settings)
 
     return make
 

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from gdnsq_fx.errors import PassError
-from gdnsq_fx.inputs import InputStructure
 from gdnsq_fx.passes import (
-    Calibrate,
     FreezeQuantizers,
     InsertQuantizers,
     PropagateShapes,
@@ -21,7 +19,6 @@ from gdnsq_fx.passes import (
 )
 from gdnsq_fx.quantize.frozen import FrozenActivation, FrozenWeight
 from gdnsq_fx.sites import activation_sites, sites, weight_sites
-from gdnsq_fx.spec import QuantConfig
 
 _X = torch.randn(8, 4, 5, 5)
 
@@ -38,12 +35,9 @@ class _Net(nn.Module):
 
 
 @pytest.fixture
-def prepared(exposed) -> Any:
+def prepared(calibrated) -> Any:
     def make(model: nn.Module, x: Tensor = _X, **settings: Any) -> GraphModule:
-        config = QuantConfig(**{"first_last": None, **settings})
-        steps = (PropagateShapes((x,)), InsertQuantizers(config))
-        calibrate = Calibrate([x], InputStructure.of(x))
-        return run_passes(exposed(model, x), (*steps, calibrate))
+        return calibrated(model, x, **settings)
 
     return make
 

@@ -14,16 +14,13 @@ from torch.nn.utils import parametrizations
 
 from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.errors import PassError
-from gdnsq_fx.inputs import InputStructure
 from gdnsq_fx.passes import (
-    Calibrate,
     FreezeQuantizers,
     InsertQuantizers,
     LowerToInteger,
     PropagateShapes,
     run_passes,
 )
-from gdnsq_fx.spec import QuantConfig
 
 _X = torch.randn(8, 4)
 
@@ -66,13 +63,9 @@ return %11"""
 
 
 @pytest.fixture
-def frozen(exposed) -> Any:
+def frozen(calibrated) -> Any:
     def make(model: nn.Module, x: Tensor = _X, **settings: Any) -> GraphModule:
-        config = QuantConfig(**{"first_last": None, **settings})
-        steps = (PropagateShapes((x,)), InsertQuantizers(config))
-        calibrate = Calibrate([x], InputStructure.of(x))
-        steps = (*steps, calibrate, FreezeQuantizers())
-        return run_passes(exposed(model, x), steps)
+        return run_passes(calibrated(model, x, **settings), (FreezeQuantizers(),))
 
     return make
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,28 +23,19 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-class _Net(nn.Module):
-    """A padded convolution of signed values, a residual sum, a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.mid = nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x)).relu()
-        x = self.mid(x) + x
-        return self.fc(x.mean((2, 3)))
-
-
 _X = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def _prepared(model: nn.Module | None = None, **settings: Any) -> GraphModule:
-    config = gdnsq_fx.QuantConfig(**{"first_last": None, **settings})
-    return gdnsq_fx.prepare((model or _Net()).eval(), _X, config, [_X])
+@pytest.fixture
+def prepared(residual_net) -> Callable[..., GraphModule]:
+    """Of values of either sign, where no model is given."""
+
+    def make(model: nn.Module | None = None, **settings: Any) -> GraphModule:
+        config = gdnsq_fx.QuantConfig(**{"first_last": None, **settings})
+        net = model or residual_net(rectified=False)
+        return gdnsq_fx.prepare(net.eval(), _X, config, [_X])
+
+    return make
 
 
 _BEFORE = """\
@@ -78,8 +70,8 @@ _AFTER = """\
 return %13"""
 
 
-def test_before_and_after(show) -> None:
-    imodel = gdnsq_fx.convert(_prepared(nn.Sequential(nn.Conv2d(3, 4, 3))))
+def test_before_and_after(prepared, show) -> None:
+    imodel = gdnsq_fx.convert(prepared(nn.Sequential(nn.Conv2d(3, 4, 3))))
     grid = imodel.quantizers.get_submodule("0_input")
     grid.step.fill_(1.0)
     grid.offset.fill_(-1.5)
@@ -92,18 +84,18 @@ def test_before_and_after(show) -> None:
 
 @pytest.mark.parametrize("offset", ["half_step", "integer"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6])
-def test_levels_on_half_steps_do_not_move(bits: int, offset: Any) -> None:
+def test_levels_on_half_steps_do_not_move(prepared, bits: int, offset: Any) -> None:
     """One padded layer without a bias: nothing differs but float rounding."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False))
     settings: Any = {"weight_bits": bits, "act_bits": bits, "offset": offset}
-    qmodel = _prepared(net, **settings)
+    qmodel = prepared(net, **settings)
     model = gdnsq_fx.convert(qmodel, deployable=True)
     assert deploy_facts(model).moved == {} and deploy_facts(model).kept == {}
     torch.testing.assert_close(model(_X), qmodel(_X), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_is_left_of_floating_point_quantization() -> None:
-    model = gdnsq_fx.convert(_prepared(), deployable=True)
+def test_nothing_is_left_of_floating_point_quantization(prepared) -> None:
+    model = gdnsq_fx.convert(prepared(), deployable=True)
     targets = [node.target for node in model.graph.nodes]
     assert quantize not in targets and dequantize not in targets
     assert not list(model.graph.find_nodes(op="call_module"))  # the norm is folded
@@ -118,8 +110,8 @@ def test_nothing_is_left_of_floating_point_quantization() -> None:
     }
 
 
-def test_biases_are_whole_multiples_of_the_accumulators_scale() -> None:
-    model = gdnsq_fx.convert(_prepared(weight_bits=4, act_bits=4), deployable=True)
+def test_biases_are_whole_multiples_of_the_accumulators_scale(prepared) -> None:
+    model = gdnsq_fx.convert(prepared(weight_bits=4, act_bits=4), deployable=True)
     checked = 0
     for node in model.graph.nodes:
         if node.target in (torch.conv2d, torch.nn.functional.linear):
@@ -131,12 +123,14 @@ def test_biases_are_whole_multiples_of_the_accumulators_scale() -> None:
     assert checked == 3
 
 
-def test_a_bias_that_dwarfs_its_channel_does_not_overflow() -> None:
+def test_a_bias_that_dwarfs_its_channel_does_not_overflow(
+    prepared, residual_net
+) -> None:
     """A normalization with a gamma of nearly 0 leaves its bias alone."""
-    net = _Net()
+    net = residual_net(rectified=False)
     net.norm.weight.data[:3] = torch.tensor([0.0, 1e-12, -1e-9])
     net.norm.bias.data[:3] = torch.tensor([0.5, 2.0, -3.0])
-    qmodel = _prepared(net, weight_bits=4, act_bits=4)
+    qmodel = prepared(net, weight_bits=4, act_bits=4)
     model = gdnsq_fx.convert(qmodel, deployable=True)
     (norm_free,) = [n for n in model.graph.nodes if n.name == "conv"]
     value, weight, bias = norm_free.args[:3]
@@ -157,15 +151,15 @@ def test_a_bias_that_dwarfs_its_channel_does_not_overflow() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_edges_that_move_are_named() -> None:
-    model = gdnsq_fx.convert(_prepared(weight_bits=8, act_bits=8), deployable=True)
+def test_edges_that_move_are_named(prepared) -> None:
+    model = gdnsq_fx.convert(prepared(weight_bits=8, act_bits=8), deployable=True)
     moved = deploy_facts(model).moved
     assert set(moved) <= {"conv_weight", "mid_weight", "fc_weight", "conv_input"}
     assert moved and all(0 < distance < 1 for distance in moved.values())
 
 
-def test_what_needs_more_than_eight_bits_stays_and_says_why() -> None:
-    qmodel = _prepared(weight_bits=9, act_bits=12)
+def test_what_needs_more_than_eight_bits_stays_and_says_why(prepared) -> None:
+    qmodel = prepared(weight_bits=9, act_bits=12)
     model = gdnsq_fx.convert(qmodel, deployable=True)
     kept = deploy_facts(model).kept
     assert kept == dict.fromkeys(
@@ -175,29 +169,31 @@ def test_what_needs_more_than_eight_bits_stays_and_says_why() -> None:
     torch.testing.assert_close(model(_X), qmodel(_X), rtol=1e-3, atol=1e-3)
 
 
-def test_other_precisions_stay() -> None:
+def test_other_precisions_stay(residual_net) -> None:
     config = gdnsq_fx.QuantConfig(first_last=None)
     x = _X.double()
-    qmodel = gdnsq_fx.prepare(_Net().double().eval(), x, config, [x])
+    qmodel = gdnsq_fx.prepare(
+        residual_net(rectified=False).double().eval(), x, config, [x]
+    )
     model = gdnsq_fx.convert(qmodel, deployable=True)
     assert set(deploy_facts(model).kept.values()) == {"computed in torch.float64"}
     torch.testing.assert_close(model(x), qmodel(x))
 
 
-def test_a_plain_graph_module() -> None:
-    model = gdnsq_fx.convert(_prepared(), deployable=True)
+def test_a_plain_graph_module(prepared) -> None:
+    model = gdnsq_fx.convert(prepared(), deployable=True)
     assert not model.training and type(model).__mro__[1] is GraphModule
     wanted = model(_X)
     assert torch.equal(copy.deepcopy(model)(_X), wanted)
-    other = gdnsq_fx.convert(_prepared(), deployable=True)
+    other = gdnsq_fx.convert(prepared(), deployable=True)
     other.load_state_dict(model.state_dict())
     assert torch.equal(model(_X[:3]), model(_X)[:3])
     exported = torch.export.export(model, (_X,))
     torch.testing.assert_close(exported.module()(_X), wanted)
 
 
-def test_refusals() -> None:
-    qmodel = _prepared()
+def test_refusals(prepared) -> None:
+    qmodel = prepared()
     with pytest.raises(PassError, match="needs a converted model"):
         LowerToQdq()(qmodel)
     with pytest.raises(PassError, match="deployable=True"):
