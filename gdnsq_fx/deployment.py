@@ -28,11 +28,13 @@ from gdnsq_fx.inputs import ExampleInput, InputStructure
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.passes import (
+    Calibrate,
     FoldIntoScales,
     FreezeQuantizers,
     LowerToInteger,
     LowerToQdq,
     LowerToQonnx,
+    QuantizeBetweenLayers,
     placeholder_values,
     release_masks,
     run_passes,
@@ -43,7 +45,12 @@ from gdnsq_fx.sites import require_quantizers
 _DEPLOYABLE = (FoldIntoScales(), LowerToQdq())
 
 
-def convert(qmodel: GraphModule, *, deployable: bool = False) -> GraphModule:
+def convert(
+    qmodel: GraphModule,
+    *,
+    deployable: bool = False,
+    calibration: Iterable[Any] | None = None,
+) -> GraphModule:
     """Freeze to whole levels and emit the integer graph; ``qmodel`` is left as it was.
 
     Args:
@@ -52,18 +59,26 @@ def convert(qmodel: GraphModule, *, deployable: bool = False) -> GraphModule:
             scales, offsets and biases move to grids that kernels have, operations are
             those that exporters and compilers know (``passes/lower_to_qdq.py``).
             ``gdnsq_fx.deploy.qdq.deploy_facts`` says which levels moved, and how far.
+        calibration: batches that place 8-bit levels on what layers hand to each other
+            in floating point so far (residual sums, concatenations, averages, smooth
+            functions), so that all layers become integer kernels; None: add none. A
+            model prepared with ``scope="full"`` has such levels from the start.
 
     Returns:
         A plain GraphModule in evaluation mode with integer weights, that computes
         exactly what the fine-tuned model computes in evaluation (but see
-        ``deployable``).
+        ``deployable`` and ``calibration``).
 
     Raises:
         PassError: not a prepared model, or not calibrated.
+        CalibrationError, BatchStructureError: of the batches, as they say.
     """
-    model_facts(qmodel)
+    inputs = model_facts(qmodel).inputs
     require_quantizers(qmodel, "convert")
     frozen = copy.deepcopy(qmodel).eval()
+    if calibration is not None:
+        place = Calibrate(calibration, inputs, added=True)
+        frozen = run_passes(frozen, (QuantizeBetweenLayers(), place))
     imodel = run_passes(frozen, (FreezeQuantizers(), LowerToInteger()))
     return run_passes(imodel, _DEPLOYABLE) if deployable else imodel
 
@@ -155,6 +170,10 @@ def load(
     except (NothingToQuantizeError, NotQuantizedError, PatternError) as error:
         raise checkpoint.other_model(contents, str(error)) from error
     release_masks(skeleton, contents.masks)
+    if contents.between is not None:
+        between = QuantizeBetweenLayers(contents.between)
+        skeleton = run_passes(skeleton, (between,))
+        release_masks(skeleton, contents.masks)
     checkpoint.place_levels(skeleton, contents)
     return checkpoint.fill(convert(skeleton), contents)
 

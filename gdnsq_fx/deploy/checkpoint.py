@@ -37,6 +37,7 @@ class Contents:
         config: how the model was quantized.
         folded: BatchNorm was folded before quantizers were inserted.
         masks: edges that lost their quantizers in calibration.
+        between: as in `ModelFacts`.
         max_codes: largest code of each activation edge, by its ``quantizers.`` path.
         tensors: state of the integer graph.
         opaque: path of each module that stayed one -> why; with other weights, other
@@ -47,6 +48,7 @@ class Contents:
     config: QuantConfig
     folded: bool
     masks: tuple[str, ...]
+    between: tuple[str, ...] | None
     max_codes: dict[str, int]
     tensors: dict[str, Tensor]
     opaque: dict[str, str]
@@ -73,6 +75,7 @@ def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
         "config": facts.config.to_dict(),
         "folded": facts.folded,
         "masks": list(facts.masks),
+        "between": facts.between if facts.between is None else list(facts.between),
         "max_codes": _max_codes(imodel),
         "opaque": dict(capture_facts(imodel).opaque),
     }
@@ -91,11 +94,13 @@ def read(path: str | os.PathLike[str]) -> Contents:
         max_codes: Any = found.description["max_codes"]
         # Files written before modules were opaque for their data have none.
         opaque: Any = found.description.get("opaque", {})
+        between: Any = found.description.get("between")
         return Contents(
             path=str(Path(path)),
             config=QuantConfig.from_dict(config),
             folded=found.description["folded"] is True,
             masks=_names(found.description.get("masks", [])),
+            between=None if between is None else _names(between),
             max_codes={str(k): int(v) for k, v in max_codes.items()},
             tensors=dict(found.tensors),
             opaque={str(k): str(v) for k, v in opaque.items()},
@@ -109,7 +114,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
 
 def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise TypeError("masks is no list")
+        raise TypeError("names are no list")
     return tuple(map(str, cast(list[Any], value)))
 
 
