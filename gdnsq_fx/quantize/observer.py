@@ -96,9 +96,7 @@ class Observer:
         places = torch.randint(flat.numel(), (count,), generator=self._generator)
         return flat[places.to(flat.device)]
 
-    def place(
-        self, quantizer: ActivationQuantizer, *, from_zero: bool = False
-    ) -> None:
+    def place(self, quantizer: ActivationQuantizer, *, from_zero: bool = False) -> None:
         """Set step, range and lower bound for the target bits, and note the extremes.
 
         Args:

@@ -117,7 +117,9 @@ def network(case: Case, folder: Path) -> Network:
     return made
 
 
-def routes(one: Network, runtime: str, images: Tensor, threads: int) -> dict[str, Route]:
+def routes(
+    one: Network, runtime: str, images: Tensor, threads: int
+) -> dict[str, Route]:
     """Every way to run a network in one runtime."""
     if runtime == "inductor":
         torch._dynamo.reset()
