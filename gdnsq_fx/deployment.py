@@ -61,8 +61,8 @@ def convert(
             ``gdnsq_fx.deploy.qdq.deploy_facts`` says which levels moved, and how far.
         calibration: batches that place 8-bit levels on what layers hand to each other
             in floating point so far (residual sums, concatenations, averages, smooth
-            functions), so that all layers become integer kernels; None: add none. A
-            model prepared with ``scope="full"`` has such levels from the start.
+            functions), so that all layers become integer kernels; None: add none
+            (``passes/quantize_between_layers.py``, which also runs on prepared models).
 
     Returns:
         A plain GraphModule in evaluation mode with integer weights, that computes

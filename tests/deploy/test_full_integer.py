@@ -15,6 +15,7 @@ import gdnsq_fx
 from gdnsq_fx.annotations import model_facts
 from gdnsq_fx.deploy.qdq import deploy_facts
 from gdnsq_fx.deploy.reference import ReferenceExecutor
+from gdnsq_fx.passes import Calibrate, QuantizeBetweenLayers, run_passes
 
 _X = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -57,31 +58,27 @@ def _operations(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(written).graph.node)
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_resnet18_is_integer_throughout(full: bool, tmp_path: Path) -> None:
+def test_resnet18_is_integer_throughout(tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models")
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
     qmodel = _prepared(models.resnet18(), weight_bits=8, act_bits=8)
-    imodel = gdnsq_fx.convert(qmodel, calibration=[_X] if full else None)
+    imodel = gdnsq_fx.convert(qmodel, calibration=[_X])
     gdnsq_fx.export(imodel, tmp_path / "model.onnx", _X)
     found = _operations(tmp_path / "model.onnx")
-    floating = found["Conv"] + found["FusedConv"]
-    integer = (found["QLinearConv"], found["QLinearAdd"])
-    assert (integer == (20, 8) and not floating) if full else floating > 0
+    assert (found["QLinearConv"], found["QLinearAdd"]) == (20, 8)
+    assert not found["Conv"] and not found["FusedConv"]
 
 
-@pytest.mark.parametrize("scope", ["compute", "full"])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_runtimes_compute_what_the_reference_computes(
-    bits: int, scope: str, tmp_path: Path
+    bits: int, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    qmodel = _prepared(_Net(), weight_bits=bits, act_bits=bits, scope=scope)
-    given = [_X] if scope == "compute" else None
-    imodel = gdnsq_fx.convert(qmodel, calibration=given)
+    qmodel = _prepared(_Net(), weight_bits=bits, act_bits=bits)
+    imodel = gdnsq_fx.convert(qmodel, calibration=[_X])
     path = tmp_path / "model.onnx"
     gdnsq_fx.export(imodel, path, _X)
     runtimes = ["torch", "onnxruntime"]
@@ -90,11 +87,13 @@ def test_runtimes_compute_what_the_reference_computes(
     operations = _operations(path)
     assert operations["QLinearConv"] == 4
     assert not operations["Conv"] and not operations["FusedConv"]
+    gdnsq_fx.export(gdnsq_fx.convert(qmodel), path, _X)
+    assert _operations(path)["QLinearConv"] < 4
 
 
 def test_a_file_holds_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    qmodel = _prepared(_Net(), first_last=None, overrides={"one": {"act_bits": 8}})
+    qmodel = _prepared(_Net(), overrides={"one": {"act_bits": 8}})
     imodel = gdnsq_fx.convert(qmodel, calibration=[_X])
     gdnsq_fx.save(imodel, tmp_path / "model.safetensors")
     loaded = gdnsq_fx.load(tmp_path / "model.safetensors", _Net(), _X)
@@ -112,3 +111,17 @@ def test_the_prepared_model_is_left_alone() -> None:
     executor = ReferenceExecutor(model)
     executor.run(_X)
     assert len(executor.integer) == 5 and not executor.floating
+
+
+def test_grids_that_were_there_before_fine_tuning_stay() -> None:
+    torch.manual_seed(0)
+    qmodel = _prepared(_Net())
+    wanted = gdnsq_fx.convert(qmodel, calibration=[_X])
+    place = Calibrate([_X], model_facts(qmodel).inputs, added=True)
+    run_passes(qmodel, (QuantizeBetweenLayers(), place))
+    assert torch.equal(gdnsq_fx.convert(qmodel)(_X), wanted(_X))
+    other = 2 * _X
+    again = gdnsq_fx.convert(qmodel, calibration=[other])
+    assert torch.equal(again(_X), wanted(_X))
+    result = gdnsq_fx.finetune(qmodel, [_X], steps=2, teacher=_Net(), progress=False)
+    assert result.bits["add.input"] <= 8
