@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from gdnsq_fx.annotations import ModelFacts, model_facts
-from gdnsq_fx.deploy import checkpoint, installed
+from gdnsq_fx.deploy import checkpoint, filling, installed
 from gdnsq_fx.deploy.certificate import Certificate
 from gdnsq_fx.deploy.edges import coded_edges
 from gdnsq_fx.deploy.formats import format_of, write_as
@@ -23,7 +23,12 @@ from gdnsq_fx.deploy.inductor import CompiledModel, compile_int8
 from gdnsq_fx.deploy.program import Example
 from gdnsq_fx.deploy.qdq import is_deployable
 from gdnsq_fx.deploy.verification import Verification
-from gdnsq_fx.errors import NothingToQuantizeError, NotQuantizedError, PatternError
+from gdnsq_fx.errors import (
+    ConfigError,
+    NothingToQuantizeError,
+    NotQuantizedError,
+    PatternError,
+)
 from gdnsq_fx.inputs import ExampleInput, InputStructure
 from gdnsq_fx.opinfo import OpTable
 from gdnsq_fx.optable import DEFAULT_TABLE
@@ -87,14 +92,16 @@ def save(imodel: GraphModule, path: str | os.PathLike[str]) -> int:
     """Write a converted model as one safetensors file with bit-packed weights.
 
     Args:
-        imodel: what `convert` returned.
-        path: file to write, atomically.
+        imodel: what `convert` returned, in either form.
+        path: file to write, atomically. It holds the graph too, unless a
+            `ClassNeededWarning` says what in it no file can hold.
 
     Returns:
         Size of the file in bytes.
 
     Raises:
-        PassError: not a converted model.
+        PassError: not a converted model, or one in deployable form whose graph no file
+            can hold.
     """
     return checkpoint.write(imodel, path)
 
@@ -139,26 +146,53 @@ def export(
 
 def load(
     path: str | os.PathLike[str],
-    model: nn.Module,
-    example_input: ExampleInput,
+    model: nn.Module | None = None,
+    example_input: ExampleInput | None = None,
     *,
     table: OpTable = DEFAULT_TABLE,
 ) -> GraphModule:
-    """Read a converted model back; nothing is unpickled.
+    """Read a converted model back; nothing is unpickled or imported by name.
 
     Args:
         path: a file that `save` wrote.
         model: an instance of the original class, with any weights; left untouched.
-        example_input, table: as for `prepare`.
+            None: the graph is taken from the file (deployable form: always), where
+            `save` did not warn that it holds none. It computes what evaluation does.
+        example_input: as for `prepare`; None where ``model`` is.
+        table: as for `prepare`; of use with ``model``.
 
     Returns:
         The converted model, in evaluation mode.
 
     Raises:
-        FileFormatError: the file is truncated, foreign, or of another model.
+        FileFormatError: the file is truncated, foreign, of another model, or holds no
+            graph.
         FileNotFoundError: there is no file.
+        ConfigError: one of ``model`` and ``example_input`` is missing.
     """
+    if (model is None) is not (example_input is None):
+        raise ConfigError(
+            "load takes a model of the original class together with an example input, "
+            "or neither; call gdnsq_fx.load(path, model, example_input) or "
+            "gdnsq_fx.load(path)"
+        )
     contents = checkpoint.read(path)
+    if model is None or example_input is None:
+        return checkpoint.rebuilt_graph(contents)
+    if checkpoint.holds_deployable(contents):
+        raise filling.other_model(
+            contents, "it is in deployable form, which no class gives; call load(path)"
+        )
+    return _filled(contents, model, example_input, table)
+
+
+def _filled(
+    contents: checkpoint.Contents,
+    model: nn.Module,
+    example_input: ExampleInput,
+    table: OpTable,
+) -> GraphModule:
+    """The converted model of a class, with the tensors of a file."""
     facts = ModelFacts(
         contents.config, InputStructure.of(example_input), contents.folded
     )
@@ -168,14 +202,14 @@ def load(
     try:
         skeleton = run_passes(captured, insertion_passes(example_input, facts, table))
     except (NothingToQuantizeError, NotQuantizedError, PatternError) as error:
-        raise checkpoint.other_model(contents, str(error)) from error
+        raise filling.other_model(contents, str(error)) from error
     release_masks(skeleton, contents.masks)
     if contents.between is not None:
         between = QuantizeBetweenLayers(contents.between)
         skeleton = run_passes(skeleton, (between,))
         release_masks(skeleton, contents.masks)
-    checkpoint.place_levels(skeleton, contents)
-    return checkpoint.fill(convert(skeleton), contents)
+    filling.place_levels(skeleton, contents)
+    return filling.fill(convert(skeleton), contents)
 
 
 def verify(

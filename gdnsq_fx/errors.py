@@ -89,3 +89,7 @@ class CheckpointWarning(UserWarning):
 
 class CaptureWarning(UserWarning):
     """The captured graph holds for fewer inputs than the model does."""
+
+
+class ClassNeededWarning(UserWarning):
+    """A saved model holds what no file can: reading it takes the original class."""

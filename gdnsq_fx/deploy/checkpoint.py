@@ -1,31 +1,43 @@
 """A converted model in one safetensors file, and back.
 
-The file holds the state of the integer graph, its codes bit-packed, and how the model
-was quantized. It is read into an instance of the original class.
+The file holds the state of the integer graph, its codes bit-packed, how the model was
+quantized, and the graph itself where a file can hold it (`graph_description.py`). A
+graph that it cannot hold is made from an instance of the original class.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from gdnsq_fx.annotations import model_facts
+from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
 from gdnsq_fx.capture.captured import capture_facts
 from gdnsq_fx.deploy.files import read_file, write_file
+from gdnsq_fx.deploy.graph_building import built
+from gdnsq_fx.deploy.graph_description import constants, described
+from gdnsq_fx.deploy.graph_facts import read_deployment, read_inputs
+from gdnsq_fx.deploy.graph_values import UnknownValueError
 from gdnsq_fx.deploy.integer import dequantize, quantize
-from gdnsq_fx.deploy.qdq import is_deployable
-from gdnsq_fx.errors import FileFormatError, PassError
-from gdnsq_fx.inputs import model_device
+from gdnsq_fx.deploy.packed_codes import joined_codes, split_codes
+from gdnsq_fx.deploy.qdq import KEY as DEPLOYABLE
+from gdnsq_fx.deploy.qdq import calls, is_deployable, is_weight
+from gdnsq_fx.errors import (
+    ClassNeededWarning,
+    ConfigError,
+    FileFormatError,
+    PassError,
+)
 from gdnsq_fx.nested import graphs_of, joined, path_of
-from gdnsq_fx.sites import WeightSite, bit_width, sites
+from gdnsq_fx.sites import bit_width
 from gdnsq_fx.spec import QuantConfig
-from gdnsq_fx.stored import ancestors
+from gdnsq_fx.stored import stored_name
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,9 @@ class Contents:
         tensors: state of the integer graph.
         opaque: path of each module that stayed one -> why; with other weights, other
             modules might show that they cannot be looked into.
+        graph: the graph as JSON, None where the file holds none.
+        constants: tensors that the graph reads and its state leaves out.
+        lacking: why there is no graph.
     """
 
     path: str
@@ -52,25 +67,32 @@ class Contents:
     max_codes: dict[str, int]
     tensors: dict[str, Tensor]
     opaque: dict[str, str]
+    graph: dict[str, Any] | None
+    constants: dict[str, Tensor]
+    lacking: str
 
 
 def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write the file; returns its size in bytes.
 
     Raises:
-        PassError: not a converted model, or one in deployable form.
+        PassError: not a converted model, or one in deployable form whose graph no file
+            can hold.
     """
-    if is_deployable(imodel):
-        raise PassError(
-            "a model in deployable form has lost the grids it was trained on; save "
-            "gdnsq_fx.convert(qmodel) instead, without deployable=True"
-        )
-    if not isinstance(imodel, GraphModule) or not _integer_nodes(imodel):
+    ours = isinstance(imodel, GraphModule) and (
+        is_deployable(imodel) or _integer_nodes(imodel)
+    )
+    if not ours or not isinstance(imodel, GraphModule):
         raise PassError(
             "only a converted model can be saved; call gdnsq_fx.convert(qmodel) first"
         )
-    codes = _weight_codes(imodel)
     facts = model_facts(imodel)
+    tensors: dict[str, Tensor] = dict(imodel.state_dict())
+    held = constants(imodel)
+    graph, lacking = _graph_of(imodel, facts, {**tensors, **held})
+    if graph is not None:
+        tensors |= held
+    tensors, bits, affine = split_codes(tensors, _int8_codes(imodel))
     description = {
         "config": facts.config.to_dict(),
         "folded": facts.folded,
@@ -78,8 +100,36 @@ def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
         "between": facts.between if facts.between is None else list(facts.between),
         "max_codes": _max_codes(imodel),
         "opaque": dict(capture_facts(imodel).opaque),
+        "affine": affine,
+        "graph": graph,
+        "lacking": lacking,
     }
-    return write_file(path, imodel.state_dict(), codes, description)
+    return write_file(path, tensors, {**_weight_codes(imodel), **bits}, description)
+
+
+def _graph_of(
+    imodel: GraphModule, facts: ModelFacts, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any] | None, str]:
+    """The graph as JSON, or None and why not; says so where the class is needed."""
+    try:
+        graph = described(imodel, facts.inputs)
+        built(graph, tensors, "Trial")  # what cannot be read is not to be written
+        return graph, ""
+    except UnknownValueError as error:
+        lacking = str(error)
+    if is_deployable(imodel):
+        raise PassError(
+            f"no file can hold this graph ({lacking}), and a model in deployable form "
+            "cannot be made again from its class; save gdnsq_fx.convert(qmodel) "
+            "instead, without deployable=True"
+        )
+    warnings.warn(
+        f"the file will not hold the graph ({lacking}): read it with "
+        "gdnsq_fx.load(path, model, example_input), model of the original class",
+        ClassNeededWarning,
+        stacklevel=4,
+    )
+    return None, lacking
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
@@ -89,101 +139,78 @@ def read(path: str | os.PathLike[str]) -> Contents:
         FileFormatError: it is truncated, foreign, or its description is not ours.
     """
     found = read_file(path)
+    given = found.description
     try:
-        config: Any = found.description["config"]
-        max_codes: Any = found.description["max_codes"]
+        config: Any = given["config"]
+        max_codes: Any = given["max_codes"]
         # Files written before modules were opaque for their data have none.
-        opaque: Any = found.description.get("opaque", {})
-        between: Any = found.description.get("between")
+        opaque: Any = given.get("opaque", {})
+        between: Any = given.get("between")
+        graph: Any = given.get("graph")
+        tensors = joined_codes(found.tensors, given.get("affine", {}))
+        apart = set(_names(graph["constants"])) if graph is not None else set[str]()
         return Contents(
             path=str(Path(path)),
             config=QuantConfig.from_dict(config),
-            folded=found.description["folded"] is True,
-            masks=_names(found.description.get("masks", [])),
+            folded=given["folded"] is True,
+            masks=_names(given.get("masks", [])),
             between=None if between is None else _names(between),
             max_codes={str(k): int(v) for k, v in max_codes.items()},
-            tensors=dict(found.tensors),
+            tensors={k: v for k, v in tensors.items() if k not in apart},
             opaque={str(k): str(v) for k, v in opaque.items()},
+            graph=graph,
+            constants={k: tensors[k] for k in apart},
+            lacking=str(given.get("lacking", "it is of an older version")),
         )
-    except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
+    except (
+        *(KeyError, AttributeError, TypeError, ValueError, OverflowError),
+        *(IndexError, RuntimeError, ConfigError),
+    ) as error:
         raise FileFormatError(
             f"{path} does not describe a converted model ({error}); write it again "
             "with gdnsq_fx.save"
         ) from error
 
 
+def holds_deployable(contents: Contents) -> bool:
+    """Whether a file holds a model in deployable form."""
+    return bool(contents.graph) and contents.graph.get("deployable") is not None
+
+
+def rebuilt_graph(contents: Contents) -> GraphModule:
+    """The model from the file alone.
+
+    Raises:
+        FileFormatError: the file holds no graph, or not one of ours.
+    """
+    if contents.graph is None:
+        raise FileFormatError(
+            f"{contents.path} does not hold its graph ({contents.lacking}); call "
+            "gdnsq_fx.load(path, model, example_input) with an instance of the "
+            "original class"
+        )
+    try:
+        deployment = read_deployment(contents.graph.get("deployable"))
+        inputs = read_inputs(contents.graph.get("inputs"))
+        name = "IntegerModel" if deployment is None else "DeployableModel"
+        made = built(contents.graph, {**contents.tensors, **contents.constants}, name)
+    except (UnknownValueError, AttributeError) as error:
+        raise FileFormatError(
+            f"{contents.path} holds a graph that this gdnsq_fx does not know ({error});"
+            " write it again with gdnsq_fx.save, or read it where it was written"
+        ) from error
+    made.meta[KEY] = ModelFacts(
+        contents.config, inputs, contents.folded, contents.masks, contents.between
+    )
+    if deployment is not None:
+        made.meta[DEPLOYABLE] = deployment
+    return made
+
+
 def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise TypeError("names are no list")
+        raise TypeError("names that are no list")
     return tuple(map(str, cast(list[Any], value)))
-
-
-@torch.no_grad()
-def place_levels(prepared: GraphModule, contents: Contents) -> None:
-    """Give every activation quantizer the number of levels that the file names.
-
-    Raises:
-        FileFormatError: the model has other edges than the file.
-    """
-    for parameter in prepared.parameters():
-        parameter.fill_(1.0)  # whatever the given model holds, the file replaces it
-    for site in sites(prepared):
-        if isinstance(site, WeightSite):
-            _make_plain(site)
-            site.quantizer.open_to(site.weight(), site.quantizer.spec.bits)
-            continue
-        if site.path not in contents.max_codes:
-            raise other_model(contents, f"it has no levels for {site.edge}")
-        levels = contents.max_codes[site.path] + 1
-        if not 1 <= levels <= 1 << 16:
-            raise other_model(contents, f"{levels} levels on {site.edge}")
-        site.quantizer.lower.fill_(0.0)
-        site.quantizer.log2_step.fill_(0.0)
-        site.quantizer.log2_range.copy_(torch.log2(torch.tensor(float(levels))))
-
-
-def _make_plain(site: WeightSite) -> None:
-    """Let a tensor stand for a computed weight: of ones it might become 0 / 0."""
-    owner = site.owner
-    source = site.node.args[0]
-    if not isinstance(source, Node) or source.op == "get_attr":
-        return
-    name = f"stored_{site.node.name}"
-    owner.register_buffer(name, torch.ones_like(site.weight()), persistent=False)
-    with owner.graph.inserting_before(site.node):
-        site.node.replace_input_with(source, owner.graph.get_attr(name))
-    for node in sorted(ancestors([source]), reverse=True):
-        if not node.users:
-            owner.graph.erase_node(node)
-
-
-def fill(imodel: GraphModule, contents: Contents) -> GraphModule:
-    """Put the file's tensors into the integer graph of the same model.
-
-    Raises:
-        FileFormatError: names or shapes differ.
-    """
-    device = model_device(imodel) or torch.device("cpu")
-    state: dict[str, Tensor] = imodel.state_dict()
-    for name, wanted in state.items():
-        given = contents.tensors.get(name, wanted)
-        integer = {torch.uint8, torch.int32}
-        allowed = integer if name.endswith(".codes") else {wanted.dtype}
-        if given.dtype not in allowed:
-            raise other_model(contents, f"{name} is {given.dtype}, not {wanted.dtype}")
-    try:
-        imodel.load_state_dict(contents.tensors, strict=True, assign=True)
-    except RuntimeError as error:
-        raise other_model(contents, str(error).splitlines()[-1].strip()) from error
-    return imodel.requires_grad_(False).to(device)
-
-
-def other_model(contents: Contents, cause: str) -> FileFormatError:
-    """The error for a file that belongs to another model."""
-    return FileFormatError(
-        f"{contents.path} does not fit this model: {cause}. Load it into the class, "
-        "with the example input, that it was prepared from"
-    )
 
 
 def _integer_nodes(imodel: GraphModule) -> bool:
@@ -217,4 +244,19 @@ def _max_codes(imodel: GraphModule) -> dict[str, int]:
         step: Any = node.args[1]
         name = joined(path, str(step.target).removesuffix(".step"))
         found[name] = int(cast(int, node.args[3]))
+    return found
+
+
+def _int8_codes(imodel: GraphModule) -> Mapping[str, int | None]:
+    """Name of each tensor of int8 codes -> dimension of its channels."""
+    if not is_deployable(imodel):
+        return {}
+    found: dict[str, int | None] = {}
+    for one in graphs_of(imodel):
+        for node in one.graph.nodes:
+            if is_weight(node):
+                arguments: tuple[Any, ...] = node.args
+                name = joined(path_of(one), stored_name(node, 0))
+                per_channel = calls(node, "dequantize_per_channel")
+                found[name] = int(arguments[3]) if per_channel else None
     return found

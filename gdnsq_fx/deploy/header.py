@@ -4,13 +4,15 @@
 [int, ...]}}``), ``description`` (JSON object of the caller) and ``checksum``: SHA-256
 over the former four and the name, dtype and shape of every stored tensor. The checksum
 covers everything but the tensors' values, so that damage to a header is an error and
-never a tensor of another name.
+never a tensor of another name. A description is compressed where that is shorter.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -20,10 +22,13 @@ from gdnsq_fx.deploy.packing import checked_numel
 from gdnsq_fx.errors import ConfigError, FileFormatError
 
 FORMAT = "gdnsq_fx"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = ("1", "2")  # 2: descriptions may hold the graph
 
 _FIELDS = ("format", "schema_version", "packed", "description", "checksum")
 REMEDY = "copy the file again, or write it anew"
+# Of one field, in characters: a small file must not fill the memory.
+MOST_TEXT = 1 << 26
 DTYPE_CODES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -59,7 +64,7 @@ def encode_header(
         "format": FORMAT,
         "schema_version": str(SCHEMA_VERSION),
         "packed": json.dumps(packed),
-        "description": _description_json(description),
+        "description": _shorter(_description_json(description)),
     }
     return {**fields, "checksum": _checksum(fields, layout)}
 
@@ -87,6 +92,30 @@ def decode_header(
     if _checksum(fields, layout) != fields["checksum"]:
         raise FileFormatError(f"its header fails its checksum; {REMEDY}")
     return packed, description
+
+
+def plain_text(stored: str) -> str:
+    """The JSON of a field, which may be compressed: zlib in base 85, begins with c.
+
+    Raises:
+        ValueError: neither, or more text than any file of ours has.
+    """
+    if not stored.startswith("c"):
+        return stored
+    unpacker = zlib.decompressobj()
+    try:
+        text = unpacker.decompress(base64.b85decode(stored), MOST_TEXT)
+    except zlib.error as error:
+        raise ValueError(f"damaged: {error}") from error
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError("cut off, or too long")
+    return text.decode()
+
+
+def _shorter(text: str) -> str:
+    """The text, compressed where that takes less room."""
+    packed = base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+    return packed if len(packed) < len(text) else text
 
 
 def _description_json(description: Mapping[str, object]) -> str:
@@ -125,12 +154,12 @@ def _check_fields(fields: Mapping[str, str]) -> None:
             " the model with safetensors.torch.load_file instead"
         )
     version = fields.get("schema_version", "")
-    if version != str(SCHEMA_VERSION):
+    if version not in _READABLE:
         newer = version.isdecimal() and int(version[:9]) > SCHEMA_VERSION
         remedy = f"install a newer {FORMAT}" if newer else REMEDY
         raise FileFormatError(
             f"its schema version is {version[:20]!r}, but this {FORMAT} reads"
-            f" {SCHEMA_VERSION}; {remedy}"
+            f" {' and '.join(_READABLE)}; {remedy}"
         )
     if missing := [key for key in _FIELDS if key not in fields]:
         raise FileFormatError(f"its metadata lack {missing}; {REMEDY}")
@@ -138,9 +167,24 @@ def _check_fields(fields: Mapping[str, str]) -> None:
 
 def _json_object(fields: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
-        value: object = json.loads(fields[key])
+        text = plain_text(fields[key])
+        value: object = json.loads(
+            text, object_pairs_hook=_distinct, parse_constant=_no_constant
+        )
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"its {key} is no JSON: {error}; {REMEDY}") from error
     if not isinstance(value, dict):
         raise FileFormatError(f"its {key} is no JSON object; {REMEDY}")
     return cast(dict[str, Any], value)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two entries of one name readers would take different ones."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")

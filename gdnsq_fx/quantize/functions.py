@@ -54,12 +54,13 @@ def quantize_activation(
         region = compiled(_activation_region)
         flat = x.view(-1) if x.is_contiguous() else x  # one region for all shapes
         recipe = recipe_for(compiled(activation_levels), flat, *scalars)
-        levels = region(flat, *scalars, estimator).view(x.shape)
+        made = region(flat, *scalars, estimator)
+        levels = made.view(x.shape)
     else:
         recipe = recipe_for(activation_levels, x, *scalars)
-        levels = _activation_region(x, *scalars, estimator, recipe)
+        made = levels = _activation_region(x, *scalars, estimator, recipe)
     if recipe is not None:
-        recipe.made(levels)
+        recipe.made(made)  # not a view of it, which need not live on
     return levels
 
 
@@ -92,12 +93,13 @@ def quantize_weight(
         region = compiled(_weight_region)
         rows, *grid, dims = _in_rows(weight, *grid, tuple(dims))
         recipe = recipe_for(compiled(weight_levels), rows, *grid)
-        levels = region(rows, *grid, dims, estimator).view(weight.shape)
+        made = region(rows, *grid, dims, estimator)
+        levels = made.view(weight.shape)
     else:
         recipe = recipe_for(weight_levels, weight, *grid)
-        levels = _weight_region(weight, *grid, tuple(dims), estimator, recipe)
+        made = levels = _weight_region(weight, *grid, tuple(dims), estimator, recipe)
     if recipe is not None:
-        recipe.made(levels)
+        recipe.made(made)
     return levels
 
 

@@ -16,16 +16,13 @@ from gdnsq_fx.errors import ConfigError
 from gdnsq_fx.inputs import Batch, model_device
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.training.amp import MixedPrecision
-from gdnsq_fx.training.budgeted_bits import BudgetedBits
-from gdnsq_fx.training.constraint import LOSS_MEMORY, Cap, Constraint
+from gdnsq_fx.training.constraint import LOSS_MEMORY, Cap
+from gdnsq_fx.training.constraint_choice import constraint_for
 from gdnsq_fx.training.divergence import DivergenceGuard
 from gdnsq_fx.training.dtensors import clip_gradients
 from gdnsq_fx.training.ema import Average
 from gdnsq_fx.training.engine import Engine, SingleProcess
-from gdnsq_fx.training.learned_bits import LearnedBits
 from gdnsq_fx.training.parameter_groups import parameter_groups
-from gdnsq_fx.training.planned_bits import PlannedBits
-from gdnsq_fx.training.process_group import ProcessGroup
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
 from gdnsq_fx.training.settings import Settings
@@ -276,26 +273,3 @@ class Run:
         if not self.guard.trained:
             self.guard.put_back()
             self.constraint.undo()
-
-
-def constraint_for(
-    qmodel: GraphModule,
-    budget: object,
-    schedule: Schedule,
-    group: ProcessGroup | None = None,
-) -> Constraint | BudgetedBits:
-    """Fixed targets, or bits that are found within a `Budget`: from a plan where the
-    schedule starts at its targets, else coming down.
-
-    Raises:
-        BudgetError: no bits meet it. ConfigError: it is none.
-    """
-    if budget is None:
-        return Constraint(qmodel)
-    if not isinstance(budget, Budget):
-        raise ConfigError(
-            f"budget must be a Budget, got {budget!r}; write "
-            "gdnsq_fx.Budget(weight_bytes=...)"
-        )
-    kind = PlannedBits if schedule.start_bits <= 1.0 else LearnedBits
-    return kind(qmodel, budget, schedule, group)

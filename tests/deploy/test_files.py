@@ -257,7 +257,8 @@ def test_foreign_files(path: Path, image: bytes) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "cause"),
     [
-        ("schema_version", "2", "schema version is '2'.*install a newer"),
+        ("schema_version", "3", "schema version is '3'.*install a newer"),
+        ("schema_version", "1", "checksum"),
         ("schema_version", "9" * 5000, "install a newer"),
         ("schema_version", "0", "schema version is '0'.*copy"),
         ("schema_version", "one", "schema version is 'one'.*copy"),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import gdnsq_fx
 from gdnsq_fx.sites import sites
 
-_X = torch.randn(2, 6, 4)
+_X = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+assert (_X[..., 0] > 1.0).any(), "something is to be masked"
 
 
 class _Windowed(nn.Module):

@@ -17,8 +17,8 @@ from gdnsq_fx.analysis.cost_model import CostModel
 from gdnsq_fx.errors import BudgetError, ConfigError, TrainingDivergedError
 from gdnsq_fx.sites import hard_bits, sites
 from gdnsq_fx.training.constraint import Constraint
+from gdnsq_fx.training.constraint_choice import constraint_for
 from gdnsq_fx.training.learned_bits import LearnedBits
-from gdnsq_fx.training.run import constraint_for
 
 
 class ConvNet(nn.Module):
