@@ -21,7 +21,7 @@ from gdnsq_fx.api import allocate, analyze, assign_bits, prepare
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.deploy.certificate import Certificate
-from gdnsq_fx.deployment import compile, convert, export, load, save, verify
+from gdnsq_fx.deployment import compile, convert, export, save, verify
 from gdnsq_fx.errors import (
     BatchStructureError,
     BudgetError,
@@ -42,6 +42,7 @@ from gdnsq_fx.errors import (
     TrainingDivergedError,
 )
 from gdnsq_fx.inputs import InputStructure
+from gdnsq_fx.loading import load
 from gdnsq_fx.operands import Call, Stored
 from gdnsq_fx.operation import operation
 from gdnsq_fx.opinfo import OpInfo, OpTable

@@ -112,12 +112,15 @@ class ModelFacts:
         inputs: structure of the example input.
         folded: BatchNorm was folded into the layers before it.
         masks: edges whose quantizers calibration took away (`passes/_masks.py`).
+        between: paths of the quantizers that `QuantizeBetweenLayers` let others read
+            from; None where it has not run.
     """
 
     config: QuantConfig
     inputs: InputStructure
     folded: bool = False
     masks: tuple[str, ...] = ()
+    between: tuple[str, ...] | None = None
 
 
 def model_facts(module: nn.Module) -> ModelFacts:

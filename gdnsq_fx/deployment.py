@@ -1,4 +1,7 @@
-"""The facade of deployment: from fine-tuned graphs to integer models and files."""
+"""The facade of deployment: from fine-tuned graphs to integer models and files.
+
+What reads such files back is in `loading.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from gdnsq_fx.annotations import ModelFacts, model_facts
-from gdnsq_fx.deploy import checkpoint, filling, installed
+from gdnsq_fx.annotations import model_facts
+from gdnsq_fx.deploy import checkpoint, installed
 from gdnsq_fx.deploy.certificate import Certificate
 from gdnsq_fx.deploy.edges import coded_edges
 from gdnsq_fx.deploy.formats import format_of, write_as
@@ -23,32 +26,29 @@ from gdnsq_fx.deploy.inductor import CompiledModel, compile_int8
 from gdnsq_fx.deploy.program import Example
 from gdnsq_fx.deploy.qdq import is_deployable
 from gdnsq_fx.deploy.verification import Verification
-from gdnsq_fx.errors import (
-    ConfigError,
-    NothingToQuantizeError,
-    NotQuantizedError,
-    PatternError,
-)
 from gdnsq_fx.inputs import ExampleInput, InputStructure
-from gdnsq_fx.opinfo import OpTable
-from gdnsq_fx.optable import DEFAULT_TABLE
 from gdnsq_fx.passes import (
+    Calibrate,
     FoldIntoScales,
     FreezeQuantizers,
     LowerToInteger,
     LowerToQdq,
     LowerToQonnx,
+    QuantizeBetweenLayers,
     placeholder_values,
-    release_masks,
     run_passes,
 )
-from gdnsq_fx.preparation import captured_model, insertion_passes
 from gdnsq_fx.sites import require_quantizers
 
 _DEPLOYABLE = (FoldIntoScales(), LowerToQdq())
 
 
-def convert(qmodel: GraphModule, *, deployable: bool = False) -> GraphModule:
+def convert(
+    qmodel: GraphModule,
+    *,
+    deployable: bool = False,
+    calibration: Iterable[Any] | None = None,
+) -> GraphModule:
     """Freeze to whole levels and emit the integer graph; ``qmodel`` is left as it was.
 
     Args:
@@ -57,18 +57,26 @@ def convert(qmodel: GraphModule, *, deployable: bool = False) -> GraphModule:
             scales, offsets and biases move to grids that kernels have, operations are
             those that exporters and compilers know (``passes/lower_to_qdq.py``).
             ``gdnsq_fx.deploy.qdq.deploy_facts`` says which levels moved, and how far.
+        calibration: batches that place 8-bit levels on what layers hand to each other
+            in floating point so far (residual sums, concatenations, averages, smooth
+            functions), so that all layers become integer kernels; None: add none
+            (``passes/quantize_between_layers.py``, which also runs on prepared models).
 
     Returns:
         A plain GraphModule in evaluation mode with integer weights, that computes
         exactly what the fine-tuned model computes in evaluation (but see
-        ``deployable``).
+        ``deployable`` and ``calibration``).
 
     Raises:
         PassError: not a prepared model, or not calibrated.
+        CalibrationError, BatchStructureError: of the batches, as they say.
     """
-    model_facts(qmodel)
+    inputs = model_facts(qmodel).inputs
     require_quantizers(qmodel, "convert")
     frozen = copy.deepcopy(qmodel).eval()
+    if calibration is not None:
+        place = Calibrate(calibration, inputs, added=True)
+        frozen = run_passes(frozen, (QuantizeBetweenLayers(), place))
     imodel = run_passes(frozen, (FreezeQuantizers(), LowerToInteger()))
     return run_passes(imodel, _DEPLOYABLE) if deployable else imodel
 
@@ -127,70 +135,6 @@ def export(
         model = _deployable(imodel)
     args, kwargs = InputStructure.of(example_input).args_kwargs(example_input)
     return write_as(kind, model, Example(args, kwargs, dynamic_batch), path)
-
-
-def load(
-    path: str | os.PathLike[str],
-    model: nn.Module | None = None,
-    example_input: ExampleInput | None = None,
-    *,
-    table: OpTable = DEFAULT_TABLE,
-) -> GraphModule:
-    """Read a converted model back; nothing is unpickled or imported by name.
-
-    Args:
-        path: a file that `save` wrote.
-        model: an instance of the original class, with any weights; left untouched.
-            None: the graph is taken from the file (deployable form: always), where
-            `save` did not warn that it holds none. It computes what evaluation does.
-        example_input: as for `prepare`; None where ``model`` is.
-        table: as for `prepare`; of use with ``model``.
-
-    Returns:
-        The converted model, in evaluation mode.
-
-    Raises:
-        FileFormatError: the file is truncated, foreign, of another model, or holds no
-            graph.
-        FileNotFoundError: there is no file.
-        ConfigError: one of ``model`` and ``example_input`` is missing.
-    """
-    if (model is None) is not (example_input is None):
-        raise ConfigError(
-            "load takes a model of the original class together with an example input, "
-            "or neither; call gdnsq_fx.load(path, model, example_input) or "
-            "gdnsq_fx.load(path)"
-        )
-    contents = checkpoint.read(path)
-    if model is None or example_input is None:
-        return checkpoint.rebuilt_graph(contents)
-    if checkpoint.holds_deployable(contents):
-        raise filling.other_model(
-            contents, "it is in deployable form, which no class gives; call load(path)"
-        )
-    return _filled(contents, model, example_input, table)
-
-
-def _filled(
-    contents: checkpoint.Contents,
-    model: nn.Module,
-    example_input: ExampleInput,
-    table: OpTable,
-) -> GraphModule:
-    """The converted model of a class, with the tensors of a file."""
-    facts = ModelFacts(
-        contents.config, InputStructure.of(example_input), contents.folded
-    )
-    captured = captured_model(
-        model, example_input, facts, table, opaque=contents.opaque
-    ).eval()
-    try:
-        skeleton = run_passes(captured, insertion_passes(example_input, facts, table))
-    except (NothingToQuantizeError, NotQuantizedError, PatternError) as error:
-        raise filling.other_model(contents, str(error)) from error
-    release_masks(skeleton, contents.masks)
-    filling.place_levels(skeleton, contents)
-    return filling.fill(convert(skeleton), contents)
 
 
 def verify(

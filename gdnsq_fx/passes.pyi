@@ -18,6 +18,7 @@ from passes import LowerToQdq as LowerToQdq
 from passes import LowerToQonnx as LowerToQonnx
 from passes import Pass as Pass
 from passes import PropagateShapes as PropagateShapes
+from passes import QuantizeBetweenLayers as QuantizeBetweenLayers
 from passes import placeholder_values as placeholder_values
 from passes import release_masks as release_masks
 from passes import run_passes as run_passes

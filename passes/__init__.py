@@ -27,6 +27,7 @@ from .lower_to_integer import LowerToInteger
 from .lower_to_qdq import LowerToQdq
 from .lower_to_qonnx import LowerToQonnx
 from .propagate_shapes import PropagateShapes
+from .quantize_between_layers import QuantizeBetweenLayers
 
 __all__ = [
     "AnalyzeCapacity",
@@ -43,6 +44,7 @@ __all__ = [
     "LowerToQonnx",
     "Pass",
     "PropagateShapes",
+    "QuantizeBetweenLayers",
     "placeholder_values",
     "release_masks",
     "run_passes",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from gdnsq_fx.annotations import KEY, ModelFacts
@@ -50,11 +51,14 @@ class Calibrate(Pass):
             alone or followed by targets. Read once.
         inputs: that structure.
         example: a further batch, for edges inside opaque modules that no batch reaches.
+        added: place the levels that have no place yet, on grids that 0 lies on, while
+            all others stay and quantize.
     """
 
     batches: Iterable[Any]
     inputs: InputStructure
     example: Any = None
+    added: bool = False
 
     def requires(self, graph_module: GraphModule) -> None:
         """There are quantizers, and values for them."""
@@ -84,7 +88,7 @@ class Calibrate(Pass):
             known = graph_module.meta.get(KEY)
             if isinstance(known, ModelFacts) and known.config.strict:
                 check_skips(graph_module)
-        for site in weight_sites(graph_module):
+        for site in () if self.added else weight_sites(graph_module):
             weight = site.weight().detach()
             # Extremes pass NaN on, and need no copy of a large weight.
             if not all(torch.isfinite(end) for end in torch.aminmax(weight)):
@@ -97,7 +101,7 @@ class Calibrate(Pass):
 
     def _calibrate_activations(self, graph_module: GraphModule) -> list[str]:
         """Place the levels; returns the edges that hold a mask."""
-        sites = activation_sites(graph_module)
+        sites = self._sites(graph_module)
         with _observing(sites) as observers:
             seen = self._run(graph_module, self.batches)
         if not seen:
@@ -109,9 +113,13 @@ class Calibrate(Pass):
         masks = [edge for edge, observer in observers.items() if observer.is_mask]
         for site in sites:
             if site.edge not in masks:
-                observers[site.edge].place(site.quantizer)
+                observers[site.edge].place(site.quantizer, from_zero=self.added)
                 observers[site.edge].note_shares(site.quantizer)
         return masks
+
+    def _sites(self, graph_module: GraphModule) -> list[ActivationSite]:
+        found = activation_sites(graph_module)
+        return [s for s in found if not (self.added and s.quantizer.is_calibrated)]
 
     def _observe_elsewhere(
         self,
@@ -143,9 +151,15 @@ class Calibrate(Pass):
             stacklevel=2,
         )
 
+    @contextmanager
+    def _disabled(self, graph_module: GraphModule) -> Generator[None]:
+        off = [s.quantizer for s in self._sites(graph_module)]
+        with quantization_disabled(nn.ModuleList(off) if self.added else graph_module):
+            yield
+
     def _run(self, graph_module: GraphModule, batches: Iterable[Any]) -> int:
         count = 0
-        disabled = quantization_disabled(graph_module)
+        disabled = self._disabled(graph_module)
         own = batch_statistics_where_untrained(graph_module)
         with preserved_state(graph_module), disabled, torch.no_grad(), own:
             graph_module.eval()

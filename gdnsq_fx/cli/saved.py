@@ -7,7 +7,7 @@ from argparse import Namespace
 from torch import Tensor
 from torch.fx import GraphModule
 
-from gdnsq_fx import deployment
+from gdnsq_fx import loading
 from gdnsq_fx.cli.data import random_samples, read_samples
 from gdnsq_fx.cli.models import build_model
 
@@ -29,4 +29,4 @@ def read_saved(given: Namespace, count: int) -> tuple[GraphModule, Tensor]:
         samples = read_samples(given.data, given.input, count, given.seed)
     if len(samples) < _LEAST_BATCH:
         samples = samples.repeat(_LEAST_BATCH, *[1] * (samples.ndim - 1))
-    return deployment.load(given.checkpoint, model, samples[:_LEAST_BATCH]), samples
+    return loading.load(given.checkpoint, model, samples[:_LEAST_BATCH]), samples

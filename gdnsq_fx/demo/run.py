@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import nn
 from torch.fx import GraphModule
 
-from gdnsq_fx import api, deployment
+from gdnsq_fx import api, deployment, loading
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.demo.digits import (
     DigitsData,
@@ -100,7 +100,7 @@ def run_demo(bits: int, out: Path, seed: int = 0, steps: int = 1500) -> DemoResu
     imodel = deployment.convert(qmodel)
     packed = out / f"digits-w{bits}a{bits}.safetensors"
     packed_bytes = deployment.save(imodel, packed)
-    loaded = deployment.load(packed, DigitsNet(), data.train_images[:BATCH])
+    loaded = loading.load(packed, DigitsNet(), data.train_images[:BATCH])
     worst = max(_worst_difference(qmodel, m, data) for m in (imodel, loaded))
     floats = out / "digits-float.safetensors"
     save_file(model.state_dict(), floats)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from gdnsq_fx.annotations import KEY, ModelFacts, model_facts
 from gdnsq_fx.capture.captured import capture_facts
@@ -24,20 +23,22 @@ from gdnsq_fx.deploy.graph_building import built
 from gdnsq_fx.deploy.graph_description import constants, described
 from gdnsq_fx.deploy.graph_facts import read_deployment, read_inputs
 from gdnsq_fx.deploy.graph_values import UnknownValueError
-from gdnsq_fx.deploy.integer import dequantize, quantize
 from gdnsq_fx.deploy.packed_codes import joined_codes, split_codes
 from gdnsq_fx.deploy.qdq import KEY as DEPLOYABLE
-from gdnsq_fx.deploy.qdq import calls, is_deployable, is_weight
+from gdnsq_fx.deploy.qdq import is_deployable
+from gdnsq_fx.deploy.stored_codes import (
+    has_integer_nodes,
+    int8_codes,
+    max_codes,
+    weight_codes,
+)
 from gdnsq_fx.errors import (
     ClassNeededWarning,
     ConfigError,
     FileFormatError,
     PassError,
 )
-from gdnsq_fx.nested import graphs_of, joined, path_of
-from gdnsq_fx.sites import bit_width
 from gdnsq_fx.spec import QuantConfig
-from gdnsq_fx.stored import stored_name
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Contents:
         config: how the model was quantized.
         folded: BatchNorm was folded before quantizers were inserted.
         masks: edges that lost their quantizers in calibration.
+        between: as in `ModelFacts`.
         max_codes: largest code of each activation edge, by its ``quantizers.`` path.
         tensors: state of the integer graph.
         opaque: path of each module that stayed one -> why; with other weights, other
@@ -62,6 +64,7 @@ class Contents:
     config: QuantConfig
     folded: bool
     masks: tuple[str, ...]
+    between: tuple[str, ...] | None
     max_codes: dict[str, int]
     tensors: dict[str, Tensor]
     opaque: dict[str, str]
@@ -78,7 +81,7 @@ def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
             can hold.
     """
     ours = isinstance(imodel, GraphModule) and (
-        is_deployable(imodel) or _integer_nodes(imodel)
+        is_deployable(imodel) or has_integer_nodes(imodel)
     )
     if not ours or not isinstance(imodel, GraphModule):
         raise PassError(
@@ -90,18 +93,19 @@ def write(imodel: nn.Module, path: str | os.PathLike[str]) -> int:
     graph, lacking = _graph_of(imodel, facts, {**tensors, **held})
     if graph is not None:
         tensors |= held
-    tensors, bits, affine = split_codes(tensors, _int8_codes(imodel))
+    tensors, bits, affine = split_codes(tensors, int8_codes(imodel))
     description = {
         "config": facts.config.to_dict(),
         "folded": facts.folded,
         "masks": list(facts.masks),
-        "max_codes": _max_codes(imodel),
+        "between": facts.between if facts.between is None else list(facts.between),
+        "max_codes": max_codes(imodel),
         "opaque": dict(capture_facts(imodel).opaque),
         "affine": affine,
         "graph": graph,
         "lacking": lacking,
     }
-    return write_file(path, tensors, {**_weight_codes(imodel), **bits}, description)
+    return write_file(path, tensors, {**weight_codes(imodel), **bits}, description)
 
 
 def _graph_of(
@@ -139,9 +143,10 @@ def read(path: str | os.PathLike[str]) -> Contents:
     given = found.description
     try:
         config: Any = given["config"]
-        max_codes: Any = given["max_codes"]
+        levels: Any = given["max_codes"]
         # Files written before modules were opaque for their data have none.
         opaque: Any = given.get("opaque", {})
+        between: Any = given.get("between")
         graph: Any = given.get("graph")
         tensors = joined_codes(found.tensors, given.get("affine", {}))
         apart = set(_names(graph["constants"])) if graph is not None else set[str]()
@@ -150,7 +155,8 @@ def read(path: str | os.PathLike[str]) -> Contents:
             config=QuantConfig.from_dict(config),
             folded=given["folded"] is True,
             masks=_names(given.get("masks", [])),
-            max_codes={str(k): int(v) for k, v in max_codes.items()},
+            between=None if between is None else _names(between),
+            max_codes={str(k): int(v) for k, v in levels.items()},
             tensors={k: v for k, v in tensors.items() if k not in apart},
             opaque={str(k): str(v) for k, v in opaque.items()},
             graph=graph,
@@ -195,7 +201,7 @@ def rebuilt_graph(contents: Contents) -> GraphModule:
             " write it again with gdnsq_fx.save, or read it where it was written"
         ) from error
     made.meta[KEY] = ModelFacts(
-        contents.config, inputs, contents.folded, contents.masks
+        contents.config, inputs, contents.folded, contents.masks, contents.between
     )
     if deployment is not None:
         made.meta[DEPLOYABLE] = deployment
@@ -206,52 +212,3 @@ def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise TypeError("names that are no list")
     return tuple(map(str, cast(list[Any], value)))
-
-
-def _integer_nodes(imodel: GraphModule) -> bool:
-    return bool(_calls_of(imodel, dequantize))
-
-
-def _calls_of(imodel: GraphModule, function: Any) -> list[tuple[str, Node]]:
-    """Nodes that call a function, with the path of the graph they stand in."""
-    return [
-        (path_of(one), node)
-        for one in graphs_of(imodel)
-        for node in one.graph.find_nodes(op="call_function", target=function)
-    ]
-
-
-def _weight_codes(imodel: GraphModule) -> dict[str, int]:
-    """Name of each tensor of weight codes -> bits that hold them."""
-    found: dict[str, int] = {}
-    for path, node in _calls_of(imodel, dequantize):
-        source = node.args[0]
-        if isinstance(source, Node) and source.op == "get_attr":
-            name = joined(path, str(source.target))
-            codes = imodel.state_dict()[name]
-            found[name] = bit_width(int(codes.max()) + 1)
-    return found
-
-
-def _max_codes(imodel: GraphModule) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for path, node in _calls_of(imodel, quantize):
-        step: Any = node.args[1]
-        name = joined(path, str(step.target).removesuffix(".step"))
-        found[name] = int(cast(int, node.args[3]))
-    return found
-
-
-def _int8_codes(imodel: GraphModule) -> Mapping[str, int | None]:
-    """Name of each tensor of int8 codes -> dimension of its channels."""
-    if not is_deployable(imodel):
-        return {}
-    found: dict[str, int | None] = {}
-    for one in graphs_of(imodel):
-        for node in one.graph.nodes:
-            if is_weight(node):
-                arguments: tuple[Any, ...] = node.args
-                name = joined(path_of(one), stored_name(node, 0))
-                per_channel = calls(node, "dequantize_per_channel")
-                found[name] = int(arguments[3]) if per_channel else None
-    return found

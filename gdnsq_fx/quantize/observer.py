@@ -96,8 +96,12 @@ class Observer:
         places = torch.randint(flat.numel(), (count,), generator=self._generator)
         return flat[places.to(flat.device)]
 
-    def place(self, quantizer: ActivationQuantizer) -> None:
+    def place(self, quantizer: ActivationQuantizer, *, from_zero: bool = False) -> None:
         """Set step, range and lower bound for the target bits, and note the extremes.
+
+        Args:
+            quantizer: of this edge.
+            from_zero: 0 is to lie among the levels, whatever the values.
 
         Raises:
             CalibrationError: nothing was observed.
@@ -109,9 +113,12 @@ class Observer:
             )
         quantizer.observed.copy_(torch.tensor([self.low, self.high]))
         low = 0.0 if quantizer.nonnegative else self.low
+        high = self.high
+        if from_zero:
+            low, high = min(low, 0.0), max(high, 0.0)
         bits = quantizer.spec.bits
-        (shrink,) = self._best_shrinks(low, self.high, [bits])
-        quantizer.cover(low * shrink, self.high * shrink, bits)
+        (shrink,) = self._best_shrinks(low, high, [bits])
+        quantizer.cover(low * shrink, high * shrink, bits)
 
     def note_shares(self, quantizer: ActivationQuantizer) -> None:
         """Note where the levels would lie at other widths (`change_width` uses it)."""
