@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import gdnsq_fx
+from gdnsq_fx.deploy.openvino_core import openvino_core
 
 Route = Callable[[], object]
 
@@ -70,10 +71,8 @@ def in_onnxruntime(path: Path, images: Tensor, threads: int) -> Route:
 
 def in_openvino(path: Path, images: Tensor, threads: int) -> Route:
     """A file in OpenVINO, in float32 between integer layers."""
-    import openvino
-
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    core = openvino.Core()
+    core = openvino_core()
     compiled = core.compile_model(core.read_model(path), "CPU", settings)
     request, given = compiled.create_infer_request(), [images.numpy()]
     return lambda: request.infer(given, share_inputs=True)
