@@ -19,7 +19,7 @@ from gdnsq_fx.analysis.cost_model import CostModel
 from gdnsq_fx.annotations import facts
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import BudgetError
-from gdnsq_fx.sites import assign_targets, hard_bits, sites
+from gdnsq_fx.sites import WeightSite, assign_targets, hard_bits, sites
 from gdnsq_fx.training.constraint import Cap, Constraint
 from gdnsq_fx.training.edges import Edge, mean_capacities, slope
 from gdnsq_fx.training.process_group import ProcessGroup
@@ -27,6 +27,11 @@ from gdnsq_fx.training.schedule import Schedule
 from gdnsq_fx.training.sensitivity import Sensitivity
 
 WIDTHS = tuple(range(1, 9))
+# Of the loss that errors of a weight cost before training. Weights learn to live with
+# their levels, activations cannot: ResNet-20 at the bit operations of W3A3, 200 steps,
+# one seed, ends at 85.1 % with 1, at 86.2 % with 0.2, at 85.1 % with 0.05 (uniform bits
+# at 86.0 %).
+LEFT_BY_TRAINING = 0.2
 # A slope is remembered for this share of the descent.
 MEMORY = 0.25
 
@@ -168,12 +173,16 @@ def costs_within(graph_module: GraphModule, budget: Budget) -> dict[str, float]:
 
 
 def predicted_divergences(graph_module: GraphModule) -> Divergences | None:
-    """What the last analysis predicted, None where not for every width in `WIDTHS`."""
+    """What the last analysis predicted, as far as training is likely to leave it.
+
+    None where it did not predict every width in `WIDTHS`.
+    """
     found: dict[str, Mapping[int, float]] = {}
     for site in sites(graph_module):
         edge = facts(site.node).edge
         at = {} if edge is None else edge.divergence_at
         if not set(WIDTHS) <= set(at):
             return None
-        found[site.edge] = {bits: at[bits] for bits in WIDTHS}
+        left = LEFT_BY_TRAINING if isinstance(site, WeightSite) else 1.0
+        found[site.edge] = {bits: left * at[bits] for bits in WIDTHS}
     return found

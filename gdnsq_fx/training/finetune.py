@@ -30,7 +30,7 @@ from gdnsq_fx.training.identity import identity_of
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
 from gdnsq_fx.training.outputs import Selector, selecting, weighted
-from gdnsq_fx.training.recipe import default_rate, default_schedule
+from gdnsq_fx.training.recipe import default_schedule
 from gdnsq_fx.training.result import FinetuneResult
 from gdnsq_fx.training.run import Run
 from gdnsq_fx.training.schedule import Schedule
@@ -102,8 +102,8 @@ def finetune(
         schedule: how bits and rates go down; by default bits start at their targets
             (see ``recipe.py``), or with a ``budget`` at a plan of them.
         lr: learning rate of weights (Adam); by default 3e-3, 1e-3, 3e-4 or 1e-4,
-            where the median weight has 1, 2, 3 or more bits, and 1e-3 with a
-            ``budget``. Quantizers have their own (see `Schedule`).
+            where the median weight has 1, 2, 3 or more bits (with a ``budget`` by the
+            plan; 1e-3 where bits come down). Quantizers have their own (`Schedule`).
         max_grad_norm: gradients are clipped to this norm.
         progress: show a progress bar.
         tracker: notes the capacity of every edge through the run.
@@ -154,7 +154,6 @@ def finetune(
     """
     engine = engine_for(accelerator, shard=shard)
     group = engine.group
-    learned = budget is not None
     schedule = schedule or default_schedule(steps)
     if best is not None and validate is None:
         raise ConfigError("best needs validate, the metric that is compared")
@@ -162,7 +161,7 @@ def finetune(
     inputs = model_facts(qmodel).inputs
     require_quantizers(qmodel, "finetune")
     settings = Settings(
-        lr=default_rate(qmodel, learned_bits=learned) if lr is None else lr,
+        lr=lr,
         max_grad_norm=max_grad_norm,
         distillation=distillation,
         task_weight=task_weight,

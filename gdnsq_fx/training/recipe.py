@@ -56,7 +56,7 @@ def default_schedule(steps: int) -> Schedule:
     return Schedule(steps, start_bits=1.0)
 
 
-def default_rate(qmodel: GraphModule, *, learned_bits: bool) -> float:
+def default_rate(qmodel: GraphModule, *, come_down: bool) -> float:
     """Learning rate of the weights for Adam.
 
     Binary codes change only where a weight crosses the middle of its channel, which
@@ -65,8 +65,8 @@ def default_rate(qmodel: GraphModule, *, learned_bits: bool) -> float:
     Args:
         qmodel: a prepared model; the median target of its weights counts, so that a few
             binary ones in mixed precision do not set the pace of all.
-        learned_bits: targets are still to be found.
+        come_down: from the bits of the schedule to a budget, so targets are not known.
     """
     weights = weight_sites(qmodel) or sites(qmodel)
     typical = median_low(site.quantizer.spec.bits for site in weights)
-    return LR if learned_bits else LR_OF.get(typical, LR_ABOVE)
+    return LR if come_down else LR_OF.get(typical, LR_ABOVE)

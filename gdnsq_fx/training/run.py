@@ -22,7 +22,9 @@ from gdnsq_fx.training.divergence import DivergenceGuard
 from gdnsq_fx.training.dtensors import clip_gradients
 from gdnsq_fx.training.ema import Average
 from gdnsq_fx.training.engine import Engine, SingleProcess
+from gdnsq_fx.training.learned_bits import LearnedBits
 from gdnsq_fx.training.parameter_groups import parameter_groups
+from gdnsq_fx.training.recipe import default_rate
 from gdnsq_fx.training.result import StepRecord
 from gdnsq_fx.training.schedule import Schedule
 from gdnsq_fx.training.settings import Settings
@@ -87,9 +89,9 @@ class Run:
                 quantizer.enabled = True  # without them it would be no fine-tuning
         self.constraint.open_to(schedule.start_bits)
         self.module = self.engine.forward(qmodel if module is None else module)
-        self.optimizer = torch.optim.Adam(
-            parameter_groups(qmodel, schedule, settings.lr)
-        )
+        come_down = isinstance(self.constraint, LearnedBits)
+        lr = settings.lr or default_rate(qmodel, come_down=come_down)
+        self.optimizer = torch.optim.Adam(parameter_groups(qmodel, schedule, lr))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average: Average | None = None
         if settings.ema is not None:

@@ -16,11 +16,14 @@ Goal = Literal["max", "min"]
 class Settings:
     """Numbers of one run; their meaning stands in `finetune`.
 
+    Attributes:
+        lr: None: that of the recipe for the bits that the run starts with.
+
     Raises:
         ConfigError: one is outside its domain.
     """
 
-    lr: float
+    lr: float | None
     max_grad_norm: float
     distillation: float
     task_weight: float
@@ -34,8 +37,8 @@ class Settings:
     patience: int | None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "max_grad_norm"):
-            self._check(name, getattr(self, name) > 0.0, "above 0")
+        self._check("lr", self.lr is None or self.lr > 0.0, "above 0")
+        self._check("max_grad_norm", self.max_grad_norm > 0.0, "above 0")
         self._check("distillation", self.distillation >= 0.0, "at least 0")
         self._check("task_weight", self.task_weight > 0.0, "above 0")
         every = self.validate_every

@@ -23,8 +23,8 @@ def _prepared(bits: int) -> torch.fx.GraphModule:
 def test_rate_by_the_median_target_of_weights(bits: int, rate: float) -> None:
     qmodel = _prepared(bits)
     assign_targets(qmodel, {"0.input": 1, "2.weight": 8})
-    assert default_rate(qmodel, learned_bits=False) == rate
-    assert default_rate(qmodel, learned_bits=True) == 1e-3
+    assert default_rate(qmodel, come_down=False) == rate
+    assert default_rate(qmodel, come_down=True) == 1e-3
 
 
 def test_fixed_targets_are_held_from_the_first_step() -> None:
