@@ -10,7 +10,6 @@ from gdnsq_fx.extras import required
 OPENVINO_EXTRA = "gdnsq-fx[openvino]"
 
 
-@cache
 def openvino_core() -> Any:
     """An ``openvino.Core`` that stays until the process ends.
 
@@ -22,4 +21,9 @@ def openvino_core() -> Any:
     Raises:
         MissingExtraError: openvino is not installed.
     """
-    return required("openvino", "running OpenVINO", OPENVINO_EXTRA).Core()
+    return _core(required("openvino", "running OpenVINO", OPENVINO_EXTRA))
+
+
+@cache
+def _core(openvino: Any) -> Any:
+    return openvino.Core()
