@@ -12,7 +12,12 @@ from cifar_images import ARCHIVE, Images, normalized
 from resnet20 import trained_resnet20
 from torch import Tensor, nn
 
-from gdnsq_fx.demo.digits import load_digits_split, train_digits, train_loader
+from gdnsq_fx.demo.digits import (
+    DigitsData,
+    load_digits_split,
+    train_digits,
+    train_loader,
+)
 from gdnsq_fx.demo.network import DigitsNet
 from gdnsq_fx.demo.seeding import seeded
 
@@ -84,18 +89,27 @@ class _Block(nn.Module):
 
 
 def digits_network(width: int = 32, epochs: int = 12) -> Network:
-    """The network of the demo on all of scikit-learn's digits."""
-    return _on_digits(f"digits CNN, {width} channels", DigitsNet(width), epochs)
-
-
-def digits_transformer(epochs: int = 12) -> Network:
-    """A small transformer on the same images."""
-    return _on_digits("digits transformer", DigitsTransformer(), epochs)
-
-
-def _on_digits(name: str, model: nn.Module, epochs: int) -> Network:
-    data = load_digits_split()
+    """The network of the demo on all of scikit-learn's digits, test images first."""
+    data, model = load_digits_split(), DigitsNet(width)
     train_digits(model, data, epochs, progress=False)
+    return _on_digits("digits CNN", model, data)
+
+
+def digits_transformer(epochs: int = 40) -> Network:
+    """A small transformer on the same images."""
+    data, model = load_digits_split(), DigitsTransformer()
+    loader = train_loader(data, BATCH)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(epochs):
+        for images, labels in loader:
+            loss = nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return _on_digits("digits transformer", model, data)
+
+
+def _on_digits(name: str, model: nn.Module, data: DigitsData) -> Network:
     return Network(
         name,
         model.eval(),
