@@ -35,7 +35,7 @@ Accuracies in percent: *fake* is the fine-tuned model, *converted* the model tha
 `convert` returns; *moved* counts images with another likeliest class in the deployable
 form. Of each runtime, against exact integer arithmetic: its accuracy; images with
 another likeliest class; codes that differ (by how many at most), and in how many
-roundings that began; codes that no rounding explains, if there are any.
+roundings that began; codes, and images, that no rounding explains, if there are any.
 """
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(kept[f"{name}: {precision.name}"]), flush=True)
             if options.json is not None:
                 options.json.write_text(json.dumps(kept, indent=1), "utf-8")
-    options.out.write_text(markdown(list(kept.values())), "utf-8")
+            options.out.write_text(markdown(list(kept.values())), "utf-8")
 
 
 def as_row(network: Network, precision: str, found: Parity) -> dict[str, Any]:
@@ -75,6 +75,8 @@ def as_row(network: Network, precision: str, found: Parity) -> dict[str, Any]:
             apart += f" (by {one.largest}, {one.rounding} roundings)"
         if one.wrong:
             apart += f", {one.wrong:,} wrong"
+        if one.unexplained_inputs:
+            apart += f"; PARTS on {one.unexplained_inputs:,} images"
         accuracy = found.accuracies[one.name]
         row[one.name] = f"{accuracy:.2f}; {one.other_argmax}; {apart}"
     return row

@@ -88,24 +88,28 @@ class _Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
 
 
-def digits_network(width: int = 32, epochs: int = 12) -> Network:
+def digits_network(width: int = 16, epochs: int = 4) -> Network:
     """The network of the demo on all of scikit-learn's digits, test images first."""
     data, model = load_digits_split(), DigitsNet(width)
     train_digits(model, data, epochs, progress=False)
     return _on_digits("digits CNN", model, data)
 
 
-def digits_transformer(epochs: int = 40) -> Network:
+def digits_transformer(epochs: int = 24) -> Network:
     """A small transformer on the same images."""
     data, model = load_digits_split(), DigitsTransformer()
     loader = train_loader(data, BATCH)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.01, total_steps=epochs * len(loader)
+    )
     for _ in range(epochs):
         for images, labels in loader:
             loss = nn.functional.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
     return _on_digits("digits transformer", model, data)
 
 

@@ -38,7 +38,7 @@ def _network(networks: Any, name: str) -> Any:
     if name == "digits CNN":
         network = networks.digits_network(8, 3)
     elif name == "transformer":
-        network = networks.digits_transformer(12)
+        network = networks.digits_transformer()
     else:
         network = networks.resnet20_network(_DATA, _IMAGES)
     assert accuracy(network.model, network.images, network.labels) > 80.0
