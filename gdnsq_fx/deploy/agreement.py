@@ -49,8 +49,9 @@ class RuntimeAgreement:
         other_argmax: those of them with another likeliest class.
         differing_inputs: inputs whose outputs differ by more than float rounding.
         unexplained_inputs: those of them where no value on the way lies within float
-            rounding of a half step, and those whose outputs do not follow from the
-            codes that the runtime shows.
+            rounding of a half step (or all, where together they lie further off than
+            twice what such roundings can move), and those whose outputs do not follow
+            from the codes that the runtime shows.
         edges: in the order of the graph; empty where codes cannot be seen.
     """
 

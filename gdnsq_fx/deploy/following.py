@@ -54,6 +54,7 @@ class FollowingReference(ReferenceExecutor):
         self._given: Mapping[str, Tensor] = {}
         self._codes: dict[str, Tensor] = {}
         self._near: Tensor | None = None
+        self._turning = False
         self._departures: dict[str, Departure] = {}
 
     def observe(self, values: Values) -> tuple[Observation, Tensor]:
@@ -82,6 +83,18 @@ class FollowingReference(ReferenceExecutor):
         outputs = self._run(values, codes)
         return outputs, self._departures
 
+    def turned(self, values: Values) -> list[Tensor]:
+        """Outputs if every value near a half step were rounded the other way.
+
+        They show how far float rounding can move the outputs of these inputs.
+        """
+        self._near = None
+        self._turning = True
+        try:
+            return self._run(values, {})
+        finally:
+            self._turning = False
+
     def _run(self, values: Values, codes: Mapping[str, Tensor]) -> list[Tensor]:
         self._given, self._codes = codes, {}
         try:
@@ -99,6 +112,8 @@ class FollowingReference(ReferenceExecutor):
         if edge is None:
             return found
         value = self._values.pop(edge.rounded)
+        if self._turning:
+            return _turned(edge, value, found)
         self._codes[edge.name] = found
         if self._near is not None:
             self._near |= _by_input(near_half(edge, value), len(self._near))
@@ -126,6 +141,14 @@ def near_half(edge: CodedEdge, value: Tensor) -> Tensor:
     """Which values lie within float rounding of the middle between two levels."""
     steps = edge.in_steps(value)
     return (steps - steps.floor() - 0.5).abs() <= _rounding(steps)
+
+
+def _turned(edge: CodedEdge, value: Tensor, codes: Tensor) -> Tensor:
+    """Codes, those of values near a half step on its other side."""
+    above = edge.in_steps(value) > (codes.double() - edge.zero) / edge.factor
+    other = codes.long() + torch.where(above, edge.factor, -edge.factor)
+    other = other.clamp(edge.least, edge.most).to(codes.dtype)
+    return torch.where(near_half(edge, value), other, codes)
 
 
 def _is_nearest(edge: CodedEdge, value: Tensor, codes: Tensor) -> Tensor:

@@ -79,6 +79,25 @@ def distances(got: Tensor, wanted: Tensor) -> Tensor:
     return torch.where(apart.isnan(), torch.inf, apart)
 
 
+def input_distances(
+    got: Sequence[Tensor], wanted: Sequence[Tensor], count: int
+) -> Tensor:
+    """Largest difference of each input of a batch, float64 ``[B]``.
+
+    An output whose dimension 0 is not the batch counts for every input.
+    """
+    worst = torch.zeros(count, dtype=torch.float64)
+    for one, other in zip(got, wanted, strict=True):
+        if not other.numel():
+            continue
+        apart = distances(one, other)
+        if other.ndim and other.shape[0] == count:
+            worst = torch.maximum(worst, apart.reshape(count, -1).amax(1))
+        else:
+            worst = torch.maximum(worst, apart.max())
+    return worst
+
+
 def same_inputs(got: Sequence[Tensor], wanted: Sequence[Tensor], count: int) -> Tensor:
     """Which inputs of a batch have equal outputs up to float rounding, bool ``[B]``.
 

@@ -287,6 +287,36 @@ def test_outputs_that_do_not_follow_from_the_codes_fail(converted) -> None:
     assert one.first_wrong == "output"
 
 
+def test_outputs_that_roundings_cannot_move_so_far_fail() -> None:
+    """Each input has a value near a half step, and only what users run goes astray."""
+    model = _converted(8)
+    edges = coded_edges(model)
+    edge = edges[0]
+    batch = _X[:4].clone()
+    batch[:, 0] = edge.offset + 100.4999 * edge.step
+    if edge.rounded.args[0].op != "placeholder":
+        batch[:, 0] += edge.rounded.args[0].args[1]
+
+    class Astray(_Flipping):
+        by = 1
+
+        def outputs(self, values: Any) -> list[Tensor]:
+            place = (slice(None), 0)
+            moved = _Flipping(model, edge, place, self.by * edge.factor)
+            return moved.observe(values).outputs
+
+    class FurtherAstray(Astray):
+        by = -20
+
+    for kind, fine in ((Astray, True), (FurtherAstray, False)):
+        runtime = kind(model, edge, (0, 0, 0, 0), 0)
+        verification = Verification(model, edges, [runtime])
+        verification.add([[batch]])
+        (one,) = verification.certificate().runtimes
+        assert one.differing == 0 and one.differing_inputs == 4
+        assert one.ok is fine and one.unexplained_inputs == (0 if fine else 4)
+
+
 # --- how it is shown ---
 
 

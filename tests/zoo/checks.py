@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from gdnsq_fx.inputs import InputStructure
 from gdnsq_fx.sites import sites
 
 Finding = tuple[float | None, str]
+Check = Callable[[Any], Finding]
 TOLERANCE = 1e-4  # identity precision against eager, share of a tensor's range
 CONVERTED_TOLERANCE = 1e-5  # converted against prepared
 
@@ -53,10 +54,14 @@ class Subject:
             raise NotApplicable(self.case.refuses[mode])
 
 
-def run_case(case: Case) -> Iterator[Result]:
-    """Run all checks of a case; yield each result as it comes."""
-    subject = Subject(case)
-    for name, check in CHECKS.items():
+def run_case(
+    case: Case,
+    checks: Mapping[str, Check] | None = None,
+    subject_class: type[Subject] = Subject,
+) -> Iterator[Result]:
+    """Run all checks of a case, or others; yield each result as it comes."""
+    subject = subject_class(case)
+    for name, check in (CHECKS if checks is None else checks).items():
         yield _run(name, check, subject)
 
 
@@ -163,7 +168,7 @@ def step(subject: Subject) -> Finding:
 
 
 # The checks that change the model come last.
-CHECKS: dict[str, Callable[[Subject], Finding]] = {
+CHECKS: dict[str, Check] = {
     "eager": eager,
     "capture": capture,
     "eval": evaluation,
@@ -175,7 +180,7 @@ CHECKS: dict[str, Callable[[Subject], Finding]] = {
 }
 
 
-def _run(name: str, check: Callable[[Subject], Finding], subject: Subject) -> Result:
+def _run(name: str, check: Check, subject: Subject) -> Result:
     started = time.perf_counter()
     value: float | None = None
     status: Status = "ok"

@@ -3,6 +3,7 @@
     python tests/zoo/sweep.py                                 # everything
     python tests/zoo/sweep.py --library timm --only '*vit*'   # some of it
     python tests/zoo/sweep.py --json results.json --out results.md
+    python tests/zoo/sweep.py --export --json export.json     # as ONNX files instead
 
 Prints a line for each model. Each runs in a process of its own, so that a crash or a
 model without end costs one case. With ``--json`` results are kept as they come, and
@@ -27,39 +28,46 @@ from pathlib import Path
 
 import torch
 from cases import LIBRARIES, Case, Library, all_cases, is_installed
-from checks import CHECKS, run_case
+from checks import CHECKS, Check, Subject, run_case
+from export_checks import EXPORT_CHECKS, ExportSubject
 from result import Result
 from table import markdown
 
 SECONDS = 180.0
 GIBIBYTES = 12.0
 Results = dict[str, list[Result]]
+Plan = tuple[dict[str, Check], type[Subject]]
+_ALL: Plan = (CHECKS, Subject)
+_EXPORT: Plan = (EXPORT_CHECKS, ExportSubject)
 
 
 def main() -> None:
     """The command line."""
     options = _options()
     results = _read(options.json)
+    plan = _EXPORT if options.export else _ALL
     found = list(_chosen(options.library or LIBRARIES, options.only))
     waiting = [case for case in found if case.name not in results]
     for number, case in enumerate(waiting, 1):
-        results[case.name] = run_isolated(case, options.seconds, options.gib)
+        results[case.name] = run_isolated(case, options.seconds, options.gib, plan)
         print(
             f"[{number:3}/{len(waiting)}] {_line(case, results[case.name])}", flush=True
         )
         _write(options.json, results)
-    text = markdown(found, {case.name: results[case.name] for case in found})
+    text = markdown(found, {c.name: results[c.name] for c in found}, list(plan[0]))
     print(text) if options.out is None else options.out.write_text(text, "utf-8")
 
 
-def run_isolated(case: Case, seconds: float, gib: float) -> list[Result]:
+def run_isolated(
+    case: Case, seconds: float, gib: float, plan: Plan = _ALL
+) -> list[Result]:
     """All checks of a case in a process of its own.
 
     Checks that the process did not live to see are failed, with the cause.
     """
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(case, sender, gib), daemon=True)
+    process = context.Process(target=_work, args=(case, sender, gib, plan), daemon=True)
     started = time.monotonic()
     process.start()
     sender.close()
@@ -72,22 +80,22 @@ def run_isolated(case: Case, seconds: float, gib: float) -> list[Result]:
         cause = f"the process ended with {process.exitcode}"
     process.kill()
     process.join()
-    return [*results, *_missing(results, cause)]
+    return [*results, *_missing(results, cause, plan)]
 
 
-def _work(case: Case, sender: Connection, gib: float) -> None:
+def _work(case: Case, sender: Connection, gib: float, plan: Plan) -> None:
     limit = int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for result in run_case(case):
+    for result in run_case(case, *plan):
         sender.send(result)
     sender.close()
 
 
-def _missing(results: list[Result], cause: str) -> Iterator[Result]:
-    for place, name in enumerate(list(CHECKS)[len(results) :]):
+def _missing(results: list[Result], cause: str, plan: Plan) -> Iterator[Result]:
+    for place, name in enumerate(list(plan[0])[len(results) :]):
         yield Result(name, "blocked" if place else "failed", detail=cause)
 
 
@@ -129,6 +137,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--library", action="append", choices=LIBRARIES)
     parser.add_argument("--only", default="*", help="pattern on names of cases")
     parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--export", action="store_true", help="check ONNX files")
     parser.add_argument("--json", type=Path, help="keep results here, and go on")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each case")
     parser.add_argument("--gib", type=float, default=GIBIBYTES, help="memory limit")
