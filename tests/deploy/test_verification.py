@@ -287,9 +287,9 @@ def test_outputs_that_do_not_follow_from_the_codes_fail(converted) -> None:
     assert one.first_wrong == "output"
 
 
-def test_outputs_that_roundings_cannot_move_so_far_fail() -> None:
+def test_outputs_that_roundings_cannot_move_so_far_fail(converted) -> None:
     """Each input has a value near a half step, and only what users run goes astray."""
-    model = _converted(8)
+    model = converted(8)
     edges = coded_edges(model)
     edge = edges[0]
     batch = _X[:4].clone()
