@@ -132,17 +132,19 @@ class _Recorder:
             pack, unpack = self._outer
             packed = pack(tensor)
             return lambda: unpack(packed)
-        version = tensor._version
+        # Without its history, or a node that saves its own output would hold itself,
+        # where no garbage collector sees it. Values and versions are shared.
+        value, version = tensor.detach(), tensor._version
 
         def kept() -> Tensor:
-            if tensor._version != version:
+            if value._version != version:
                 raise RuntimeError(
                     "a tensor that backward needs was modified in place after the "
-                    f"forward pass: shape {tuple(tensor.shape)}, version "
-                    f"{tensor._version} instead of {version}; use the operation that "
+                    f"forward pass: shape {tuple(value.shape)}, version "
+                    f"{value._version} instead of {version}; use the operation that "
                     "is not in place"
                 )
-            return tensor
+            return value
 
         return kept
 

@@ -30,7 +30,7 @@ from gdnsq_fx.training.identity import identity_of
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
 from gdnsq_fx.training.outputs import Selector, selecting, weighted
-from gdnsq_fx.training.recipe import default_schedule
+from gdnsq_fx.training.recipe import default_rate, default_schedule
 from gdnsq_fx.training.result import FinetuneResult
 from gdnsq_fx.training.run import Run
 from gdnsq_fx.training.schedule import Schedule
@@ -160,6 +160,8 @@ def finetune(
     _check_goal(schedule, steps, task_loss, distillation)
     inputs = model_facts(qmodel).inputs
     require_quantizers(qmodel, "finetune")
+    if lr is None and budget is None:  # else the rate of the plan, once there is one
+        lr = default_rate(qmodel, come_down=False)
     settings = Settings(
         lr=lr,
         max_grad_norm=max_grad_norm,
