@@ -31,6 +31,7 @@ class ActivationQuantizer(Quantizer):
     observed: Tensor
     shares: Tensor
     lower: Tensor
+    most_halved = 7
 
     def __init__(self, edge: str, spec: QuantSpec, *, nonnegative: bool) -> None:
         super().__init__(edge, spec)
@@ -52,7 +53,7 @@ class ActivationQuantizer(Quantizer):
     @property
     def offset(self) -> Tensor:
         """Lowest level b, on the grid of the offset mode."""
-        return snap_offset(self.lower, self.step, self.spec.offset)
+        return snap_offset(self.lower, self.step, self.offset_mode)
 
     def quantize(self, value: Tensor) -> Tensor:
         """See `quantize_activation`."""

@@ -12,6 +12,8 @@ from torch import Tensor
 MIN_CAPACITY = 1.0
 # Steps below this are denormal numbers, and their reciprocals infinite.
 MIN_LOG2_STEP = -120.0
+# Both signs alike: a normalization folded into a channel may turn its sign.
+INT8_MAX = 127
 
 
 def weight_capacity(low: Tensor, high: Tensor, log2_step: Tensor) -> Tensor:
@@ -21,12 +23,22 @@ def weight_capacity(low: Tensor, high: Tensor, log2_step: Tensor) -> Tensor:
 
 
 def projected_weight(
-    log2_step: Tensor, low: Tensor, high: Tensor, cap: float
+    log2_step: Tensor, low: Tensor, high: Tensor, cap: float, *, within_int8: bool
 ) -> Tensor:
-    """Log2 of the steps nearest to those given with 1 <= capacity <= ``cap``."""
+    """Log2 of the steps nearest to those given with 1 <= capacity <= ``cap``.
+
+    Args:
+        log2_step, low, high: of each scale group, of one shape.
+        cap: bits.
+        within_int8: whole steps from 0 are to stay within 127 on both sides, as long as
+            that leaves one bit.
+    """
     span = (high - low).to(log2_step.dtype)
     least = torch.log2(span / (2.0**cap - 1.0)).clamp(min=MIN_LOG2_STEP)
     most = torch.log2(span).clamp(min=MIN_LOG2_STEP)
+    if within_int8:
+        reach = torch.maximum(high, -low).to(log2_step.dtype)
+        least = torch.maximum(least, torch.log2(reach / INT8_MAX).minimum(most))
     # A constant channel has no span: any step represents it, so keep its own.
     projected = log2_step.clamp(least, torch.maximum(least, most))
     return torch.where(span > 0, projected, log2_step)

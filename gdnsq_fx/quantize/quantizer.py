@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.errors import CalibrationError
 from gdnsq_fx.quantize.kernels import Kernels, checked_kernels
-from gdnsq_fx.spec import QuantSpec
+from gdnsq_fx.spec import Offset, QuantSpec
 
 
 class Quantizer(nn.Module, ABC):
@@ -26,6 +27,8 @@ class Quantizer(nn.Module, ABC):
     """
 
     log2_step: nn.Parameter
+    most_halved: ClassVar[int]
+    """Bits up to which codes of half steps fit the eight bits of integer kernels."""
 
     def __init__(self, edge: str, spec: QuantSpec) -> None:
         super().__init__()
@@ -40,6 +43,14 @@ class Quantizer(nn.Module, ABC):
         return torch.exp2(self.log2_step)
 
     @property
+    def offset_mode(self) -> Offset:
+        """That of the spec, but for half steps where eight bits hold only whole ones
+        (``deploy/grids.py``)."""
+        halved = self.spec.offset == "half_step"
+        too_wide = self.most_halved < self.spec.bits <= 8
+        return "integer" if halved and too_wide else self.spec.offset
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether every step is a number yet."""
         return bool(torch.isfinite(self.log2_step).all())
@@ -49,7 +60,7 @@ class Quantizer(nn.Module, ABC):
         state = "" if self.enabled else ", disabled"
         return (
             f"{self.edge}, bits<={self.spec.bits}, {self.spec.estimator}, "
-            f"{self.spec.offset}{state}"
+            f"{self.offset_mode}{state}"
         )
 
     @abstractmethod

@@ -33,6 +33,8 @@ class WeightQuantizer(Quantizer):
     reaches the channel's own extreme weights and pulls outliers in (arXiv 2508.14004).
     """
 
+    most_halved = 6
+
     def __init__(
         self, edge: str, spec: QuantSpec, layout: ChannelLayout, weight: Tensor
     ) -> None:
@@ -50,6 +52,12 @@ class WeightQuantizer(Quantizer):
     def __getstate__(self) -> dict[str, Any]:
         """Without what forward has seen, which is of this very weight."""
         return {**self.__dict__, "_seen": None}
+
+    @property
+    def within_int8(self) -> bool:
+        """Whether whole steps from 0 are to fit int8, as kernels want them."""
+        fills = self.most_halved < self.spec.bits <= 8
+        return fills and self.offset_mode == "integer"
 
     @torch.no_grad()
     def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +110,10 @@ class WeightQuantizer(Quantizer):
         """Raise steps until every capacity is at most ``cap`` (at least one bit)."""
         self.forget()
         low, high = self.extremes(weight)
-        self.log2_step.copy_(projected_weight(self.log2_step, low, high, cap))
+        projected = projected_weight(
+            self.log2_step, low, high, cap, within_int8=self.within_int8
+        )
+        self.log2_step.copy_(projected)
 
     @torch.no_grad()
     def open_to(self, weight: Tensor, bits: float) -> None:
@@ -111,8 +122,11 @@ class WeightQuantizer(Quantizer):
         span = (high - low).to(self.log2_step.dtype)
         span = torch.where(span > 0, span, low.abs().to(span.dtype))
         span = torch.where(span > 0, span, torch.ones_like(span))
-        step = torch.log2(span / (2.0**bits - 1.0))
-        self.log2_step.copy_(step.clamp(min=MIN_LOG2_STEP))
+        step = torch.log2(span / (2.0**bits - 1.0)).clamp(min=MIN_LOG2_STEP)
+        inside = self.within_int8
+        self.log2_step.copy_(
+            projected_weight(step, low, high, bits, within_int8=inside)
+        )
 
     def forget(self) -> None:
         """Look at the weight anew, which an update may change and keep its version."""
@@ -145,5 +159,5 @@ class WeightQuantizer(Quantizer):
                 low, high = self.extremes(weight)
             capacity = torch.log2((high - low) / step + 1.0)
             whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
-            lower = snap_offset(low, step.detach(), self.spec.offset)
+            lower = snap_offset(low, step.detach(), self.offset_mode)
         return step, lower, torch.exp2(whole) - 1.0

@@ -81,4 +81,4 @@ def _lowest(
     """Lowest level of the window about the mean that stays within the extremes."""
     half = step * top / 2
     middle = torch.minimum(torch.maximum(center, low + half), high - half)
-    return snap_offset(middle - half, step, quantizer.spec.offset)
+    return snap_offset(middle - half, step, quantizer.offset_mode)

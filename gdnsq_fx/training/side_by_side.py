@@ -137,7 +137,10 @@ class Weights(SideBySide):
             site.quantizer.forget()
         extremes = [s.quantizer.extremes(s.weight()) for s in self._sites]
         lows, highs = (_flat(one) for one in zip(*extremes, strict=True))
-        projected = projected_weight(self._steps(), lows, highs, cap)
+        inside = self._sites[0].quantizer.within_int8
+        projected = projected_weight(
+            self._steps(), lows, highs, cap, within_int8=inside
+        )
         steps = [s.quantizer.log2_step for s in self._sites]
         parts = zip(projected.split(self._sizes), steps, strict=True)
         _copy(steps, [part.view_as(step) for part, step in parts])
@@ -163,8 +166,9 @@ def side_by_side(
 
 
 def group_key(site: WeightSite | ActivationSite) -> object:
-    """What the quantizers of one group have in common: target and device."""
-    return site.quantizer.spec.bits, site.quantizer.log2_step.device
+    """What the quantizers of one group have in common: target, offsets and device."""
+    quantizer = site.quantizer
+    return quantizer.spec.bits, quantizer.spec.offset, quantizer.log2_step.device
 
 
 def _excess(capacity: Tensor, target: float) -> Tensor:

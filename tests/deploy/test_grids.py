@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.deploy.grids import Int8Weight, int8_weight, uint8_grid
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.frozen import FrozenWeight
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
+from gdnsq_fx.spec import QuantSpec
 
 
 def _made(codes: Tensor, step: Tensor, offset: Tensor) -> tuple[Int8Weight, Tensor]:
@@ -124,3 +129,57 @@ def test_free_offsets_move_by_at_most_a_fraction(
 def test_activations_without_a_grid() -> None:
     assert uint8_grid(1.0, 0.0, 256) is None
     assert uint8_grid(1.0, -1000.0, 3) is None
+
+
+@settings(deadline=None)  # time is that of whatever else runs
+@given(
+    bits=st.integers(1, 8),
+    seed=st.integers(0, 2**31),
+    log2_scale=st.floats(-20, 20),
+    drift=st.floats(0, 3),
+    flipped=st.booleans(),
+)
+def test_learned_weights_do_not_move(
+    bits: int, seed: int, log2_scale: float, drift: float, flipped: bool
+) -> None:
+    """Wherever training takes weights and steps, lopsided channels included."""
+    torch.manual_seed(seed)
+    skew = torch.rand(4, 1)
+    draws = torch.randn(4, 30)
+    weight = torch.where(draws > 0, draws * skew, draws) * 2.0**log2_scale
+    spec = QuantSpec(bits, "lsq", "half_step")
+    quantizer = WeightQuantizer("w", spec, ChannelLayout(axis=0), weight)
+    quantizer.open_to(weight, bits)
+    with torch.no_grad():
+        quantizer.log2_step.sub_(torch.rand(4, 1) * drift)
+        weight += torch.randn_like(weight) * weight.std() * 0.1
+    quantizer.project(weight, bits)
+    frozen = FrozenWeight(quantizer, weight)
+    sign = -1.0 if flipped else 1.0  # of a normalization folded into the steps
+    made, values = _made(frozen.codes, frozen.step * sign, frozen.offset * sign)
+    assert made.moved < 1e-3
+    wanted = sign * frozen(weight).double()
+    span = float(weight.abs().max())
+    torch.testing.assert_close(values, wanted, rtol=0, atol=1e-5 * span)
+
+
+@settings(deadline=None)  # time is that of whatever else runs
+@given(
+    bits=st.integers(1, 8),
+    low=st.floats(-100, 0),
+    high=st.floats(0.01, 100),
+    drift=st.floats(-1, 1),
+)
+def test_learned_activations_do_not_move(
+    bits: int, low: float, high: float, drift: float
+) -> None:
+    spec = QuantSpec(bits, "lsq", "half_step")
+    quantizer = ActivationQuantizer("x", spec, nonnegative=False)
+    quantizer.cover(low, high, bits)
+    with torch.no_grad():
+        quantizer.log2_step.add_(drift)
+        quantizer.project(bits)
+    top = quantizer.levels() - 1
+    step, offset = float(quantizer.step.detach()), float(quantizer.offset.detach())
+    found = uint8_grid(step, offset, top)
+    assert found is not None and found.moved < 1e-3

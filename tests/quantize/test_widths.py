@@ -32,7 +32,7 @@ def _noise(quantizer: ActivationQuantizer | WeightQuantizer, value: Tensor) -> f
         return float((quantizer.quantize(value) - value).square().mean())
 
 
-@pytest.mark.parametrize("bits", [1, 2, 5, 8])
+@pytest.mark.parametrize("bits", [1, 2, 5, 8, 12])
 def test_levels_and_the_original(qmodel: torch.fx.GraphModule, bits: int) -> None:
     (weight,), (activation,) = weight_sites(qmodel), activation_sites(qmodel)
     before = {k: v.clone() for k, v in qmodel.state_dict().items()}
@@ -40,7 +40,10 @@ def test_levels_and_the_original(qmodel: torch.fx.GraphModule, bits: int) -> Non
     one = at_width(weight.quantizer, kernel, bits)
     other = at_width(activation.quantizer, _values(), bits)
     assert isinstance(one, WeightQuantizer) and isinstance(other, ActivationQuantizer)
-    assert int(one.levels(kernel).max()) == other.levels() == 2**bits
+    assert other.levels() == 2**bits
+    # Eight bits of a weight are int8 around 0: fewer levels where it is lopsided.
+    levels = int(one.levels(kernel).max())
+    assert levels == 2**bits if bits != 8 else 2**7 < levels <= 2**8
     assert one.spec.bits == other.spec.bits == bits
     assert all(torch.equal(qmodel.state_dict()[k], v) for k, v in before.items())
     assert weight.quantizer.spec.bits == activation.quantizer.spec.bits == 3
