@@ -179,10 +179,11 @@ class _Writer:
         # Fields do not overlap: the sum is their union.
         packed = (rows << places).sum(0, keepdim=True).to(torch.uint8)
         stored = self.constant(packed)
+        # First the mask: OpenVINO 2026.4 rounds where other bits are shifted out.
+        masks = (torch.tensor(2**width - 1, dtype=torch.int32) << places).byte()
+        value = self.call("BitwiseAnd", stored, self.constant(masks))
         shifts = self.constant(places)
-        moved = self.call("BitShift", stored, shifts, direction="RIGHT")
-        mask = self.constant(torch.tensor(2**width - 1, dtype=torch.uint8))
-        value = self.call("BitwiseAnd", moved, mask)
+        value = self.call("BitShift", value, shifts, direction="RIGHT")
         if length * count > size:
             flat = self.call("Reshape", value, self._numbers(-1))
             value = self.call("Slice", flat, self._numbers(0), self._numbers(size))

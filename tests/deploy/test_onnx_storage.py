@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 import gdnsq_fx
 from gdnsq_fx.deploy import onnx as onnx_format
 from gdnsq_fx.deploy.onnx_storage import pack_weights
+from gdnsq_fx.deploy.openvino_core import openvino_core
 from gdnsq_fx.deploy.program import Example
 
 onnx = pytest.importorskip("onnx")
@@ -103,6 +104,19 @@ def test_codes_come_back(files: _Files) -> None:
     codes = _outputs(_session(written.SerializeToString()))[1:]
     for name, found in zip(names, codes, strict=True):
         assert torch.equal(torch.tensor(found), files.model.get_buffer(name)), name
+
+
+def test_openvino_unpacks_the_same_codes(files: _Files) -> None:
+    pytest.importorskip("openvino")
+    core = openvino_core()
+    names = [_name(layer) for layer in _BITS]
+    read = core.read_model(files.packed)
+    read.add_outputs(names)
+    model = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = model([_X.numpy()])
+    for name, output in zip(names, model.outputs[-len(names) :], strict=True):
+        codes = torch.tensor(found[output])
+        assert torch.equal(codes, files.model.get_buffer(name)), name
 
 
 def test_the_same_kernels_and_results(files: _Files) -> None:
