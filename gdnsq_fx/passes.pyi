@@ -4,6 +4,7 @@ Only packaging knows that mapping (pyproject.toml), so this stub repeats it. It 
 out of the wheel, where the package itself lies in this place.
 """
 
+from passes import AlignBiases as AlignBiases
 from passes import AnalyzeCapacity as AnalyzeCapacity
 from passes import AnnotateOperations as AnnotateOperations
 from passes import AssignBits as AssignBits

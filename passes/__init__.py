@@ -14,6 +14,7 @@ if __name__ != "gdnsq_fx.passes":
 from ._base import Pass, placeholder_values
 from ._masks import release_masks
 from ._pipeline import run_passes
+from .align_biases import AlignBiases
 from .analyze_capacity import AnalyzeCapacity
 from .annotate_operations import AnnotateOperations
 from .assign_bits import AssignBits
@@ -30,6 +31,7 @@ from .propagate_shapes import PropagateShapes
 from .quantize_between_layers import QuantizeBetweenLayers
 
 __all__ = [
+    "AlignBiases",
     "AnalyzeCapacity",
     "AnnotateOperations",
     "AssignBits",

@@ -60,10 +60,14 @@ def _snapped(
         _make_room(owner, weight, step, bias)
         scale = attribute(owner, stored_name(weight, 1))
     unit = step * scale.double()
-    whole = torch.round(bias.double() / unit)
-    if bool((whole.abs() > _LARGEST).any()):
+    if bool((bias.double().abs() > _LARGEST * unit).any()):
         return None
-    return (whole * unit).to(bias.dtype)
+    return on_multiples(bias, unit).to(bias.dtype)
+
+
+def on_multiples(bias: Tensor, unit: Tensor) -> Tensor:
+    """The nearest whole multiples of the unit, in float64."""
+    return torch.round(bias.double() / unit) * unit
 
 
 def _make_room(owner: GraphModule, weight: Node, step: float, bias: Tensor) -> None:

@@ -27,7 +27,7 @@ from gdnsq_fx.opinfo import OpInfo
 from gdnsq_fx.stored import attribute, stored_name
 
 from ._base import Pass, rewrite_each
-from ._norms import kept_as_module, norm_after, over_channels
+from ._norms import affine, norm_after, not_foldable, over_channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,25 +66,10 @@ def _fold_in(owner: GraphModule) -> bool:
 
 def _refusal(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> str | None:
     """Why this BatchNorm must stay, None where it need not."""
-    norm: Any = owner.get_submodule(str(norm_node.target))
-    bound = op.bind(node)
-    weight, bias = bound.get("weight"), bound.get("bias")
-    if (kept := kept_as_module(norm)) is not None:
-        return f"it {kept}"
-    if norm.running_mean is None or norm.running_var is None:
-        return "it keeps no running statistics"
-    shape = facts(node).shape
-    if op.channel_dim != 1 and (
-        op.channel_dim is None or shape is None or len(shape) != 2
-    ):
-        return "its channels are not those of the layer"
-    if len(node.users) > 1:
-        return "others read the layer's output as well"
+    weight = op.bind(node).get("weight")
     if not isinstance(weight, Node) or not _is_of_one_layer(weight):
         return "the weight is no integer weight of this layer alone"
-    if isinstance(bias, Node) and bias.op != "get_attr":
-        return "the bias is computed"
-    return None
+    return not_foldable(owner, node, norm_node, op)
 
 
 def _is_of_one_layer(weight: Node) -> bool:
@@ -104,7 +89,7 @@ def _fold(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> None:
     norm: Any = owner.get_submodule(str(norm_node.target))
     (operand,) = [o for o in op.operands(bound) if o.role == "weight"]
     weight: Node = bound["weight"]
-    scale, shift = _affine(norm)
+    scale, shift = affine(norm)
     layout = op.layout_of(bound, operand)
     prefix = stored_name(weight, 0).removesuffix(".codes")
     _scale_grid(owner, weight, scale, layout)
@@ -124,14 +109,6 @@ def _fold(owner: GraphModule, node: Node, norm_node: Node, op: OpInfo) -> None:
         owner.graph.erase_node(bias)
     norm_node.replace_all_uses_with(node)
     owner.graph.erase_node(norm_node)
-
-
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm multiplies by, and its shift, per channel, in float64."""
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight.double()
-    shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.double()
-    return scale, shift
 
 
 def _scale_grid(

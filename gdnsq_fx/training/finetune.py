@@ -15,6 +15,7 @@ from gdnsq_fx.annotations import model_facts
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import BudgetError, ConfigError
 from gdnsq_fx.inputs import check_device
+from gdnsq_fx.passes import AlignBiases
 from gdnsq_fx.sites import hard_bits, require_quantizers
 from gdnsq_fx.state import in_evaluation
 from gdnsq_fx.training.amp import Autocast
@@ -247,7 +248,6 @@ def finetune(
             with engine.weights():
                 reestimate_batch_norm(model, refreshed, run.held)
             violations = run.violations()
-            metric = validation.final()
         except BaseException:
             run.undo_if_untrained()
             raise
@@ -256,6 +256,8 @@ def finetune(
     qmodel.eval()
     if violations:
         raise BudgetError(f"edges above their target bits: {violations}")
+    AlignBiases()(qmodel)
+    metric = validation.final(qmodel)
     result = FinetuneResult(
         steps=run.taken,
         bits=hard_bits(qmodel),

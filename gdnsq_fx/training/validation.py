@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from gdnsq_fx.state import in_evaluation
 from gdnsq_fx.training.run import Run
@@ -67,9 +68,13 @@ class Validation:
         """Whether `after` measures after this step."""
         return self._every is not None and (step + 1) % self._every == 0
 
-    def final(self) -> float | None:
-        """The metric of the model as it is; no state is remembered."""
-        return self._measured(None)
+    @torch.no_grad()
+    def final(self, qmodel: GraphModule) -> float | None:
+        """The metric of what the run leaves, whole in every process."""
+        if self._validate is None:
+            return None
+        found = float(self._validate(qmodel))
+        return self._run.engine.group.mean_number(found)
 
     def settle(self) -> None:
         """Give the model its best state, the last one included."""
@@ -95,7 +100,7 @@ class Validation:
             self._best = int(step), metric
             self._best_state = under(state, "model")
 
-    def _measured(self, step: int | None) -> float | None:
+    def _measured(self, step: int) -> float | None:
         if self._validate is None:
             return None
         qmodel = self._run.qmodel
@@ -104,7 +109,7 @@ class Validation:
             with engine.weights():
                 found = float(self._validate(qmodel))
             metric = engine.group.mean_number(found)
-            if self._goal is not None and step is not None:
+            if self._goal is not None:
                 self._compare(step, metric)
         return metric
 

@@ -152,7 +152,8 @@ def test_a_bias_that_dwarfs_its_channel_does_not_overflow(
 
 
 def test_edges_that_move_are_named(prepared) -> None:
-    model = gdnsq_fx.convert(prepared(weight_bits=8, act_bits=8), deployable=True)
+    qmodel = prepared(weight_bits=8, act_bits=8, offset="free")
+    model = gdnsq_fx.convert(qmodel, deployable=True)
     moved = deploy_facts(model).moved
     assert set(moved) <= {"conv_weight", "mid_weight", "fc_weight", "conv_input"}
     assert moved and all(0 < distance < 1 for distance in moved.values())
