@@ -24,7 +24,8 @@ class QuantSpec:
         bits: target bit-width that a frozen tensor must not exceed, 1..16.
         estimator: how gradients pass the rounding (``quantize/estimators.py``).
         offset: which values the lowest level may take, in steps: any real number
-            (``free``), multiples of a half, or whole multiples.
+            (``free``), multiples of a half (of activations of more than 2 bits and
+            weights of more than 6 only whole ones), or whole multiples.
         per_channel: one step for each output channel (weights only).
     """
 

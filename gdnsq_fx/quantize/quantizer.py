@@ -28,7 +28,7 @@ class Quantizer(nn.Module, ABC):
 
     log2_step: nn.Parameter
     most_halved: ClassVar[int]
-    """Bits up to which codes of half steps fit the eight bits of integer kernels."""
+    """Bits up to which the offset ``half_step`` means half steps, not whole ones."""
 
     def __init__(self, edge: str, spec: QuantSpec) -> None:
         super().__init__()
@@ -44,11 +44,10 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def offset_mode(self) -> Offset:
-        """That of the spec, but for half steps where eight bits hold only whole ones
-        (``deploy/grids.py``)."""
+        """That of the spec, but whole steps where bits have no use for halves."""
         halved = self.spec.offset == "half_step"
-        too_wide = self.most_halved < self.spec.bits <= 8
-        return "integer" if halved and too_wide else self.spec.offset
+        wide = self.spec.bits > self.most_halved
+        return "integer" if halved and wide else self.spec.offset
 
     @property
     def is_calibrated(self) -> bool:

@@ -33,6 +33,7 @@ class WeightQuantizer(Quantizer):
     reaches the channel's own extreme weights and pulls outliers in (arXiv 2508.14004).
     """
 
+    # Codes of half steps need one bit more, and int8 has eight.
     most_halved = 6
 
     def __init__(
