@@ -28,7 +28,7 @@ from parity_networks import (
 from tabulate import tabulate
 
 RESULTS = Path(__file__).parent / "results" / "parity.md"
-STEPS = 20
+STEPS = 100
 RUNTIMES = ("torch", "inductor", "onnxruntime", "openvino")
 _LEGEND = """
 Accuracies in percent: *fake* is the fine-tuned model, *converted* the model that

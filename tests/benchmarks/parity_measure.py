@@ -121,7 +121,7 @@ def quantized(network: Network, precision: Precision, steps: int) -> GraphModule
         place = Calibrate(calibration, model_facts(qmodel).inputs, added=True)
         qmodel = run_passes(qmodel, (QuantizeBetweenLayers(), place))
     gdnsq_fx.finetune(
-        qmodel, network.training, steps=steps, teacher=network.model, progress=False
+        qmodel, network.training(), steps=steps, teacher=network.model, progress=False
     )
     return qmodel.eval()
 

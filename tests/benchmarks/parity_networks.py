@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ class Network:
     Attributes:
         name: as the table shows it.
         model: in evaluation; maps images ``[B, ...]`` to logits ``[B, 10]``.
-        training: batches (images, labels) to fine-tune on.
+        training: makes the batches (images, labels) to fine-tune on, each time alike.
         calibration: batches of images that place the levels.
         images: to compare on, ``[N, ...]``.
         labels: their classes ``[N]``.
@@ -40,7 +41,7 @@ class Network:
 
     name: str
     model: nn.Module
-    training: Iterable[tuple[Tensor, Tensor]]
+    training: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     calibration: list[Tensor]
     images: Tensor
     labels: Tensor
@@ -95,7 +96,7 @@ def digits_network(width: int = 16, epochs: int = 4) -> Network:
     return _on_digits("digits CNN", model, data)
 
 
-def digits_transformer(epochs: int = 24) -> Network:
+def digits_transformer(epochs: int = 60) -> Network:
     """A small transformer on the same images."""
     data, model = load_digits_split(), DigitsTransformer()
     loader = train_loader(data, BATCH)
@@ -117,7 +118,7 @@ def _on_digits(name: str, model: nn.Module, data: DigitsData) -> Network:
     return Network(
         name,
         model.eval(),
-        train_loader(data, BATCH),
+        partial(train_loader, data, BATCH),
         list(data.train_images[:_CALIBRATION].split(BATCH)),
         torch.cat([data.test_images, data.train_images]),
         torch.cat([data.test_labels, data.train_labels]),
@@ -137,10 +138,11 @@ def resnet20_network(data: Path, count: int) -> Network:
     model = trained_resnet20(data)
     test, train = _packed_images(data / ARCHIVE, {"test": count, "train": 1280})
     seen = normalized(train.pixels)
+    batches = list(zip(seen.split(BATCH), train.labels.split(BATCH), strict=True))
     return Network(
         "ResNet-20",
         model,
-        list(zip(seen.split(BATCH), train.labels.split(BATCH), strict=True)),
+        lambda: batches,
         list(seen[:_CALIBRATION].split(BATCH)),
         normalized(test.pixels),
         test.labels,
