@@ -4,6 +4,7 @@
     python tests/zoo/sweep.py --library timm --only '*vit*'   # some of it
     python tests/zoo/sweep.py --json results.json --out results.md
     python tests/zoo/sweep.py --export --json export.json     # as ONNX files instead
+    python tests/zoo/sweep.py --export --families             # one model of each family
 
 Prints a line for each model. Each runs in a process of its own, so that a crash or a
 model without end costs one case. With ``--json`` results are kept as they come, and
@@ -47,6 +48,8 @@ def main() -> None:
     results = _read(options.json)
     plan = _EXPORT if options.export else _ALL
     found = list(_chosen(options.library or LIBRARIES, options.only))
+    if options.families:
+        found = list({(c.library, c.family): c for c in reversed(found)}.values())[::-1]
     waiting = [case for case in found if case.name not in results]
     for number, case in enumerate(waiting, 1):
         results[case.name] = run_isolated(case, options.seconds, options.gib, plan)
@@ -136,6 +139,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--library", action="append", choices=LIBRARIES)
     parser.add_argument("--only", default="*", help="pattern on names of cases")
+    parser.add_argument("--families", action="store_true", help="first of each family")
     parser.add_argument("--out", type=Path, help="write the table here")
     parser.add_argument("--export", action="store_true", help="check ONNX files")
     parser.add_argument("--json", type=Path, help="keep results here, and go on")
