@@ -99,7 +99,8 @@ def test_a_range_between_whole_levels(prepared) -> None:
 
 
 def test_codes_are_whole_and_the_smallest_type_that_holds_them(prepared) -> None:
-    module = prepared(_Net(), weight_bits=8, overrides={"fc": {"weight_bits": 9}})
+    wide = {"fc": {"weight_bits": 9}}
+    module = prepared(_Net(), weight_bits=8, overrides=wide, offset="free")
     FreezeQuantizers()(module)
     found = {k: v for k, v in _frozen(module).items() if isinstance(v, FrozenWeight)}
     types = {name: frozen.codes.dtype for name, frozen in found.items()}
