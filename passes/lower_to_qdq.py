@@ -39,7 +39,13 @@ from gdnsq_fx.deploy.qdq import (
 )
 from gdnsq_fx.errors import PassError
 from gdnsq_fx.nested import graphs_of, joined, path_of
-from gdnsq_fx.stored import attribute, stored_name
+from gdnsq_fx.stored import (
+    ancestors,
+    attribute,
+    stored_name,
+    stored_value,
+    weight_values,
+)
 
 from ._base import Pass
 from ._biases import snap_biases
@@ -157,8 +163,12 @@ def _emit_weight(owner: GraphModule, node: Node, made: Int8Weight) -> None:
 
 
 def _lower_activations(owner: GraphModule, notes: _Notes) -> None:
+    stored = weight_values(owner)
     for node in owner.graph.find_nodes(op="call_function", target=quantize):
         (reader,) = node.users
+        if node in stored:
+            _store_levels(owner, node, reader)
+            continue
         name = stored_name(node, 1)
         step = float(attribute(owner, name))
         offset = float(attribute(owner, stored_name(node, 2)))
@@ -175,6 +185,23 @@ def _lower_activations(owner: GraphModule, notes: _Notes) -> None:
             notes.move(_edge(owner, name), grid.moved)
             codes = _emit_activation(owner, node, reader, grid, offset)
         name_edge(codes, edge)
+
+
+def _store_levels(owner: GraphModule, node: Node, reader: Node) -> None:
+    """What lies on a grid and never changes, such as a position, is its levels.
+
+    OpenVINO 2026.4 cannot load a sum of an activation and quantized constants.
+    """
+    prefix = stored_name(node, 1).rpartition(".")[0]
+    levels = stored_value(owner, reader)
+    owner.get_submodule(prefix).register_buffer("levels", levels)
+    with owner.graph.inserting_before(reader):
+        source = owner.graph.get_attr(f"{prefix}.levels")
+    source.meta = dict(reader.meta)
+    reader.replace_all_uses_with(source)
+    for one in sorted(ancestors([reader]), reverse=True):
+        if not one.users:
+            owner.graph.erase_node(one)
 
 
 def _emit_activation(

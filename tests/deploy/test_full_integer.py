@@ -66,7 +66,8 @@ def test_resnet18_is_integer_throughout(tmp_path: Path) -> None:
     imodel = gdnsq_fx.convert(qmodel, calibration=[_X])
     gdnsq_fx.export(imodel, tmp_path / "model.onnx", _X)
     found = _operations(tmp_path / "model.onnx")
-    assert (found["QLinearConv"], found["QLinearAdd"]) == (20, 8)
+    # What the last sum writes is averaged, in floating point.
+    assert (found["QLinearConv"], found["QLinearAdd"]) == (20, 7)
     assert not found["Conv"] and not found["FusedConv"]
 
 
