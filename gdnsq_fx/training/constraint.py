@@ -26,6 +26,7 @@ from gdnsq_fx.training.side_by_side import (
     group_key,
     side_by_side,
 )
+from gdnsq_fx.training.widen_activations import widen_binary
 
 SMOOTHING = 1e-3
 LOSS_MEMORY = 0.99
@@ -120,7 +121,8 @@ class Constraint:
 
     @torch.no_grad()
     def open_to(self, bits: float) -> None:
-        """Start over at ``bits`` where the target is lower; outliers are clipped."""
+        """Start over at ``bits`` where the target is lower; outliers are clipped, and
+        activations that start at one bit widened."""
         for site in self._weights:
             if site.quantizer.spec.bits < bits:
                 site.quantizer.open_to(site.weight(), bits)
@@ -128,6 +130,8 @@ class Constraint:
             if activation.quantizer.spec.bits < bits:
                 activation.quantizer.open_to(bits)
         clip_outliers(self._weights, bits)
+        if bits <= 1.0:
+            widen_binary(self._activations)
 
     @torch.no_grad()
     def mean_capacity(self) -> float:

@@ -28,7 +28,13 @@ from torch.fx import GraphModule
 from gdnsq_fx.analysis.allocation import Divergences
 from gdnsq_fx.analysis.continuous_cost import ContinuousCost
 from gdnsq_fx.budget import Budget
-from gdnsq_fx.sites import WeightSite, assign_targets, hard_bits, weight_sites
+from gdnsq_fx.sites import (
+    WeightSite,
+    activation_sites,
+    assign_targets,
+    hard_bits,
+    weight_sites,
+)
 from gdnsq_fx.training.budgeted_bits import (
     BudgetedBits,
     falling,
@@ -39,6 +45,7 @@ from gdnsq_fx.training.constraint import Cap
 from gdnsq_fx.training.edges import Edge, raise_edge
 from gdnsq_fx.training.process_group import ProcessGroup
 from gdnsq_fx.training.schedule import Schedule
+from gdnsq_fx.training.widen_activations import widen_binary
 
 # Bits at which edges without predictions are priced; bit operations are products.
 EVERYWHERE = 3.0
@@ -84,7 +91,8 @@ class PlannedBits(BudgetedBits):
 
     @torch.no_grad()
     def open_to(self, bits: float) -> None:
-        """Place the levels of edges whose width the plan changes; clip outliers."""
+        """Place the levels of edges whose width the plan changes, then as
+        `Constraint.open_to`."""
         del bits  # at most that of the plan: see `constraint_for`
         targets = self.targets
         for edge in self._edges:
@@ -95,6 +103,7 @@ class PlannedBits(BudgetedBits):
             else:
                 edge.quantizer.change_width(targets[edge.edge])
         clip_outliers(weight_sites(self._graph_module), 1.0)
+        widen_binary(activation_sites(self._graph_module))
 
     def violations(self) -> dict[str, tuple[int, int]]:
         """As `Constraint.violations`; before the plan is final, every edge, so that no
