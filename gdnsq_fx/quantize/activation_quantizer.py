@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gdnsq_fx.quantize.activation_grid import ActivationGrid
 from gdnsq_fx.quantize.capacity import MIN_LOG2_STEP, projected_activation
 from gdnsq_fx.quantize.functions import quantize_activation
-from gdnsq_fx.quantize.levels import max_code, snap_offset
+from gdnsq_fx.quantize.levels import beside_midway, max_code, snap_offset
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantSpec
 
@@ -31,8 +31,7 @@ class ActivationQuantizer(Quantizer):
     observed: Tensor
     shares: Tensor
     lower: Tensor
-    # Half steps leave 0 midway between two levels where it is a frequent value (GELU,
-    # masks): its code then hangs on float rounding. Three bits can spare it a level.
+    # Three bits can spare 0 a level, and then kernels quantize but once.
     most_halved = 2
 
     def __init__(self, edge: str, spec: QuantSpec, *, nonnegative: bool) -> None:
@@ -54,8 +53,10 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def offset(self) -> Tensor:
-        """Lowest level b, on the grid of the offset mode."""
-        return snap_offset(self.lower, self.step, self.offset_mode)
+        """Lowest level b, on the grid of the offset mode (see `beside_midway`)."""
+        mode, step = self.offset_mode, self.step
+        snapped = snap_offset(self.lower, step, mode)
+        return beside_midway(snapped, step) if mode == "half_step" else snapped
 
     def quantize(self, value: Tensor) -> Tensor:
         """See `quantize_activation`."""
