@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from gdnsq_fx.analysis.edge_errors import (
     MeasuredErrors,
 )
 from gdnsq_fx.analysis.edge_statistics import EdgeStatistics
+from gdnsq_fx.analysis.random_signs import content_seeds
 from gdnsq_fx.inputs import Batch, batch_size
 from gdnsq_fx.sites import bit_width
 from gdnsq_fx.spec import MAX_BITS
@@ -45,7 +47,8 @@ class Prediction:
     Attributes:
         graph_module: prepared, in evaluation.
         statistics: of every edge, by name.
-        draws, joint, widths, advice, curvature: as in `AnalyzeCapacity`.
+        draws, joint, widths, advice, curvature, part, by_content: as in
+            `AnalyzeCapacity`.
     """
 
     graph_module: GraphModule
@@ -55,6 +58,8 @@ class Prediction:
     widths: Sequence[int]
     advice: bool
     curvature: Curvature
+    part: Callable[[Any], Any] | None = None
+    by_content: bool = False
     _alone_signs: torch.Generator = field(default_factory=lambda: _seeded(0))
     _joint_signs: torch.Generator = field(default_factory=lambda: _seeded(1))
     _now: ErrorsNow = field(init=False)
@@ -86,7 +91,11 @@ class Prediction:
         """Each edge alone, linearized at identity precision; returns the output."""
         sources = [MeasuredErrors(self.statistics, self._now), *self._raised]
         probe, logits = self._run(batch, sources)
-        directions = Directions(logits, self.draws, self.curvature, self._alone_signs)
+        inputs = (batch.args, batch.kwargs)
+        seeds = content_seeds(inputs, size) if self.by_content else ()
+        directions = Directions(
+            logits, self.draws, self.curvature, self._alone_signs, seeds
+        )
         drawn: list[list[Products]] = [[] for _ in sources]
         kept: list[Sequence[Tensor | None]] = []
         for number, direction in enumerate(directions, start=1):
@@ -151,7 +160,9 @@ class Prediction:
         probe = EdgeProbe(self.graph_module, sources, joint=joint)
         args, kwargs = cloned((batch.args, batch.kwargs))
         with torch.set_grad_enabled(grad):
-            return probe, primary_output(probe.run_all(args, kwargs))
+            output = probe.run_all(args, kwargs)
+            part = output if self.part is None else self.part(output)
+            return probe, primary_output(part)
 
 
 def _alike(products: Products) -> Iterator[list[str]]:

@@ -9,9 +9,9 @@ read once, and memory does not grow with their number unless edges are confirmed
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 from torch.fx import GraphModule
 
@@ -46,7 +46,7 @@ class AnalyzeCapacity(Pass):
     pass stops at activations, so it costs about as much as a forward pass.
 
     Attributes:
-        batches: iterable of batches, alone or followed by targets.
+        batches: iterable of batches, alone or followed by targets, or taken apart.
         inputs: structure of the example input.
         draws: directions sent back for each batch, a power of two; more of them, less
             variance, and more classes without any.
@@ -57,6 +57,10 @@ class AnalyzeCapacity(Pass):
             with every edge quantized.
         widths: bit-widths at which to predict the divergence of each edge alone.
         advice: predict it at one bit more as well, unless ``widths`` are given.
+        part: the part of an output that is compared, a function of the output; by
+            default ``logits`` or the first tensor.
+        by_content: draw signs from what each sample holds, so that what is predicted
+            of edges alone does not depend on how samples are cut into batches.
     """
 
     batches: Iterable[object]
@@ -67,6 +71,8 @@ class AnalyzeCapacity(Pass):
     joint: bool = True
     widths: Sequence[int] = ()
     advice: bool = True
+    part: Callable[[Any], Any] | None = None
+    by_content: bool = False
 
     def __post_init__(self) -> None:
         if self.draws < 1 or self.draws & (self.draws - 1):
@@ -104,9 +110,11 @@ class AnalyzeCapacity(Pass):
                 self.widths,
                 self.advice,
                 self.curvature,
+                self.part,
+                self.by_content,
             )
             for one in self.batches:
-                batch = self.inputs.split(one)
+                batch = one if isinstance(one, Batch) else self.inputs.split(one)
                 check_device(graph_module, batch.args, batch.kwargs)
                 check_finite(batch, "an analysis batch")
                 samples += prediction.add(batch)

@@ -28,12 +28,13 @@ the division.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gdnsq_fx.analysis.divergence import Curvature, class_dim, curvature_root
+from gdnsq_fx.analysis.random_signs import random_signs
 
 LEAST_P = 1e-5  # s_c has the rounding error of all the others: 1e-7 / sqrt(p_c)
 LEAST_RECOVERED = 4  # with fewer columns, too many classes share one
@@ -47,6 +48,7 @@ class Directions:
         draws: how many; a power of two.
         curvature: ``softmax`` for logits; ``identity`` for a mean squared error.
         generator: of the random signs, on the CPU.
+        seeds: of each sample, for signs that depend on nothing else (`random_signs`).
     """
 
     def __init__(
@@ -55,13 +57,12 @@ class Directions:
         draws: int,
         curvature: Curvature,
         generator: torch.Generator,
+        seeds: Sequence[int] = (),
     ) -> None:
         self.logits = logits = logits.detach()
         self.draws = draws
         self.curvature: Curvature = curvature
-        # Small types: vocabularies are large, and every position has all of it.
-        flips = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8)
-        flips = flips * 2 - 1
+        flips = random_signs(logits.shape, generator, seeds)
         self._flips = flips.to(logits.device)
         self._matrix = hadamard(draws, logits.device)
         self._columns = self._assigned()

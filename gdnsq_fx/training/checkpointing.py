@@ -73,6 +73,14 @@ class Checkpointing:
             return 0
         return self._group.on_main(lambda: self._find(resume=resume))
 
+    def found(self, name: str) -> Tensor | None:
+        """What the checkpoint holds by that name, in every process, until `restore`.
+
+        For what a run must know before there are parts to be restored.
+        """
+        here = None if self._found is None else self._found[1].get(name)
+        return self._group.from_main(here)
+
     @property
     def seconds(self) -> float:
         """Wall-clock time that the run has taken, all its sittings together."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch.fx import GraphModule
 
+from gdnsq_fx.analysis.allocation import Divergences
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import ConfigError
 from gdnsq_fx.training.budgeted_bits import BudgetedBits
@@ -19,9 +22,17 @@ def constraint_for(
     budget: object,
     schedule: Schedule,
     group: ProcessGroup | None = None,
+    predicted: Divergences | None = None,
 ) -> Constraint | BudgetedBits:
     """Fixed targets, or bits that are found within a `Budget`: from a plan where the
     schedule starts at its targets, else coming down.
+
+    Args:
+        qmodel: a prepared model.
+        budget: a `Budget`, or None for fixed targets.
+        schedule: of the run.
+        group: the processes that train the model.
+        predicted: what a plan is made from, as in `PlannedBits`.
 
     Raises:
         BudgetError: no bits meet it. ConfigError: it is none.
@@ -33,5 +44,29 @@ def constraint_for(
             f"budget must be a Budget, got {budget!r}; write "
             "gdnsq_fx.Budget(weight_bytes=...)"
         )
-    kind = PlannedBits if schedule.start_bits <= 1.0 else LearnedBits
-    return kind(qmodel, budget, schedule, group)
+    if starts_at_plan(schedule):
+        return PlannedBits(qmodel, budget, schedule, group, predicted)
+    return LearnedBits(qmodel, budget, schedule, group)
+
+
+def starts_at_plan(schedule: Schedule) -> bool:
+    """Whether a run under a budget starts at whole bits."""
+    return schedule.start_bits <= 1.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run must obey, before there is a model to train.
+
+    Attributes:
+        budget, predicted: as in `constraint_for`.
+    """
+
+    budget: Budget | None = None
+    predicted: Divergences | None = None
+
+    def constraint(
+        self, qmodel: GraphModule, schedule: Schedule, group: ProcessGroup
+    ) -> Constraint | BudgetedBits:
+        """As `constraint_for`, of the working model."""
+        return constraint_for(qmodel, self.budget, schedule, group, self.predicted)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.fx import GraphModule
-from tqdm.auto import tqdm
 
 from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.annotations import model_facts
@@ -27,10 +26,12 @@ from gdnsq_fx.training.checkpointing import Checkpointing, Resumable
 from gdnsq_fx.training.compiled import Compile, compiled
 from gdnsq_fx.training.distributed import engine_for
 from gdnsq_fx.training.features import FeatureObjective, graph_teacher
+from gdnsq_fx.training.first_prediction import FirstPrediction
 from gdnsq_fx.training.identity import identity_of
 from gdnsq_fx.training.losses import TaskLoss, distillation_loss
 from gdnsq_fx.training.objective import Objective, teacher_for
 from gdnsq_fx.training.outputs import Selector, selecting, weighted
+from gdnsq_fx.training.progress import step_bar
 from gdnsq_fx.training.recipe import default_rate, default_schedule
 from gdnsq_fx.training.result import FinetuneResult
 from gdnsq_fx.training.run import Run
@@ -111,6 +112,9 @@ def finetune(
         budget: learn the bits of every edge, 1 to 8, within these bounds on the whole
             model, instead of the targets that ``qmodel`` has: from a plan (see
             `PlannedBits`), or coming down if the schedule starts above (`LearnedBits`).
+            The plan is predicted on the first few batches (512 samples, at least one
+            batch), which training then sees as well, unless ``analyze(qmodel, batches,
+            widths=range(1, 9))`` was called before; nothing of it stays on ``qmodel``.
         checkpoint: folder that keeps the last two states of the run (see
             ``checkpoint_folder.py``). On SIGTERM the step is finished and saved before
             the signal acts.
@@ -180,7 +184,7 @@ def finetune(
     agree_on(qmodel, group)
     needed = steps * accumulate + batch_norm_batches
     stream = BatchStream(
-        train_batches, inputs, needed, resumable=checkpoint is not None
+        train_batches, inputs, needed, resumable=(checkpoint, budget) != (None, None)
     )
     frozen = (graph_teacher if features else teacher_for)(qmodel, teacher)
     choices = {
@@ -198,11 +202,17 @@ def finetune(
         group,
     )
     begun = saving.find(resume=resume)
-    if not begun:
+    prediction = FirstPrediction(
+        qmodel, budget, schedule, group, distillation_loss, output, progress
+    )
+    if begun:
+        limits = prediction.limits_of_old(saving)
+    else:
         first = stream.peek()  # before anything is changed
         check_device(qmodel, first.args, first.kwargs)
         check_device(frozen, first.args, first.kwargs)
-    bar = _bar(begun, steps, shown=progress and group.is_main)
+        limits = prediction.limits_of_new(stream)
+    bar = step_bar(begun, steps, shown=progress and group.is_main)
     listeners = list(callbacks) if group.is_main else []
     with in_evaluation(frozen), saving, bar, engine.working(qmodel) as model:
         module: nn.Module = model
@@ -216,7 +226,7 @@ def finetune(
             objective = FeatureObjective(objective, model, features)
             module = objective.module
         module = compiled(module, compile)
-        run = Run(model, objective, schedule, settings, tracker, budget, engine, module)
+        run = Run(model, objective, schedule, settings, tracker, limits, engine, module)
         validation = Validation(run, validate, validate_every, best, patience)
         parts: dict[str, Resumable] = {
             "batches": stream,
@@ -282,14 +292,3 @@ def _check_goal(
         raise ConfigError(f"the schedule is for {schedule.steps} steps, not {steps}")
     if task_loss is None and distillation == 0.0:
         raise ConfigError("nothing to minimize: give task_loss, or distillation > 0")
-
-
-def _bar(begun: int, steps: int, *, shown: bool) -> tqdm[int]:
-    return tqdm(
-        range(begun, steps),
-        desc="fine-tune",
-        initial=begun,
-        total=steps,
-        disable=not shown,
-        unit="step",
-    )

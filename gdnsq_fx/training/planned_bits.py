@@ -6,8 +6,10 @@
 A run of few hundred steps has none to spare for bits that it will not keep
 (``recipe.py``). So it starts at a plan: whole bits within every bound, by an integer
 programme, each edge at levels of least squared error for its width. The plan is made
-from what `analyze(..., widths=range(1, 9))` predicted before, D_e(b), or else with bits
-worth what they cost, which is as uniform as whole bits can be.
+from predictions D_e(b): those of `analyze(..., widths=range(1, 9))` where that was
+called before, else those that `finetune` makes of its first training batches
+(``first_prediction.py``). Without any, bits are worth what they cost, which is as
+uniform as whole bits can be.
 
 Until half of the descent the gradients tell what bits are worth where the network is
 now (`Sensitivity`), a_e 4^-b. Then the plan is made anew, once: from the gradients
@@ -37,6 +39,8 @@ from gdnsq_fx.sites import (
 )
 from gdnsq_fx.training.budgeted_bits import (
     BudgetedBits,
+    divergences_of,
+    divergences_tensor,
     falling,
     predicted_divergences,
 )
@@ -54,10 +58,18 @@ LEAST_PRICE = 1e-6
 # Share of the descent after which the plan is made anew.
 REVISED_AT = 0.5
 CLEARLY = 0.75
+# Name of the predictions in the state.
+PREDICTED = "predicted"
 
 
 class PlannedBits(BudgetedBits):
-    """Whole bits from the start, weighed once on the way."""
+    """Whole bits from the start, weighed once on the way.
+
+    Args:
+        graph_module, budget, schedule, group: as in `BudgetedBits`.
+        predicted: what each edge costs at each of `WIDTHS`, as training is likely to
+            leave it; by default what the last analysis left on the model, if anything.
+    """
 
     def __init__(
         self,
@@ -65,11 +77,15 @@ class PlannedBits(BudgetedBits):
         budget: Budget,
         schedule: Schedule,
         group: ProcessGroup | None = None,
+        predicted: Divergences | None = None,
     ) -> None:
         super().__init__(graph_module, budget, schedule, group)
         self._revised_at = max(round(REVISED_AT * schedule.descent_steps), 1)
         self._seen = 0
-        self._predicted = predicted_divergences(graph_module)
+        # Of the main process: all must decide alike, now and at the revision.
+        self._predicted = self._group.from_main(
+            predicted or predicted_divergences(graph_module)
+        )
         assign_targets(graph_module, self._best(self._predicted or self._alike()))
 
     @torch.no_grad()
@@ -115,12 +131,17 @@ class PlannedBits(BudgetedBits):
 
     def state(self) -> dict[str, Tensor]:
         """What the steps to come depend on, beside the model; as copies."""
-        return {**super().state(), "seen": torch.tensor(self._seen)}
+        state = {**super().state(), "seen": torch.tensor(self._seen)}
+        if self._predicted is not None:
+            state[PREDICTED] = divergences_tensor(self._predicted, self._model.edges)
+        return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken."""
         super().load_state(state)
         self._seen = int(state["seen"])
+        if PREDICTED in state:
+            self._predicted = divergences_of(state[PREDICTED], self._model.edges)
 
     def _alike(self) -> Divergences:
         """What asks for the same bits everywhere: worth as much as they cost."""

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from gdnsq_fx.analysis.dynamics import CapacityTracker
-from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import ConfigError
 from gdnsq_fx.inputs import Batch, model_device
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.training.amp import MixedPrecision
 from gdnsq_fx.training.constraint import LOSS_MEMORY, Cap
-from gdnsq_fx.training.constraint_choice import constraint_for
+from gdnsq_fx.training.constraint_choice import Limits
 from gdnsq_fx.training.divergence import DivergenceGuard
 from gdnsq_fx.training.dtensors import clip_gradients
 from gdnsq_fx.training.ema import Average
@@ -51,7 +50,7 @@ class Run:
         objective: what is minimized.
         schedule, settings: as in `finetune`.
         tracker: shown some steps.
-        budget: learn bits within it.
+        limits: what bits must obey; by default the targets of the model.
         engine: how processes share the work; the model is its working one.
         module: what the objective is given, the model by default.
     """
@@ -65,14 +64,14 @@ class Run:
         schedule: Schedule,
         settings: Settings,
         tracker: CapacityTracker | None = None,
-        budget: Budget | None = None,
+        limits: Limits | None = None,
         engine: Engine | None = None,
         module: nn.Module | None = None,
     ) -> None:
         self.engine = engine or SingleProcess()
         # First of all: a budget that cannot be met must leave the model as it was.
         group = self.engine.group
-        self.constraint = constraint_for(qmodel, budget, schedule, group)
+        self.constraint = (limits or Limits()).constraint(qmodel, schedule, group)
         self.qmodel = qmodel
         self.objective = objective
         self.schedule = schedule
