@@ -9,6 +9,7 @@ not dense, the only block is the whole.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -55,13 +56,23 @@ def blocks(tensors: Sequence[Tensor], scale: Tensor, *others: Tensor | None) -> 
     length = first.numel() // rows
     matrices = [t.as_strided((rows, length), (length, 1)) for t in tensors]
     columns = [s if s is None else s.reshape(rows, 1) for s in (scale, *others)]
-    height, width = (max(size // length, 1), length) if rows > 1 else (1, size)
-    for top in range(0, rows, height):
-        down = slice(top, top + height)
-        scales = tuple(s if s is None else s[down] for s in columns)
-        for left in range(0, length, width):
-            across = slice(left, left + width)
-            yield tuple(matrix[down, across] for matrix in matrices), scales
+    if rows == 1:
+        for parts in _together(matrices, size, 1):
+            yield parts, tuple(columns)
+        return
+    height = max(size // length, 1)
+    scales = _together(columns, height, 0)
+    for parts in _together(matrices, height, 0):
+        yield parts, next(scales)
+
+
+def _together(
+    tensors: Sequence[Tensor | None], size: int, dim: int
+) -> Iterator[tuple[Any, ...]]:
+    """Corresponding parts; None has None for each. One call cuts a tensor: to slice
+    part by part takes several times as long."""
+    cut = [repeat(None) if t is None else t.split(size, dim) for t in tensors]
+    return zip(*cut, strict=False)
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 # Weights in a part; few rows have less than some hundred.
-PART = 96
+PART = 192
 
 
 def with_gradient(

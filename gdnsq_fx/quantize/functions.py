@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from gdnsq_fx.quantize import gradients, traced_gradients
 from gdnsq_fx.quantize.kernels import Kernels, compiled, is_compiled
@@ -50,18 +51,14 @@ def quantize_activation(
     second derivatives: asking for them raises a RuntimeError.
     """
     scalars = (step, range_, lower)
-    if is_compiled(kernels, x):
-        region = compiled(_activation_region)
-        flat = x.view(-1) if x.is_contiguous() else x  # one region for all shapes
-        recipe = recipe_for(compiled(activation_levels), flat, *scalars)
-        made = region(flat, *scalars, estimator)
-        levels = made.view(x.shape)
-    else:
-        recipe = recipe_for(activation_levels, x, *scalars)
-        made = levels = _activation_region(x, *scalars, estimator, recipe)
+    regional = is_compiled(kernels, x)
+    flat = x.view(-1) if regional and x.is_contiguous() else x  # one region for all
+    compute = compiled(activation_levels) if regional else activation_levels
+    recipe = recipe_for(compute, flat, *scalars)
+    made = _QuantizeActivation.apply(flat, *scalars, estimator, recipe, regional)
     if recipe is not None:
         recipe.made(made)  # not a view of it, which need not live on
-    return levels
+    return made if flat is x else made.view(x.shape)
 
 
 def quantize_weight(
@@ -88,42 +85,28 @@ def quantize_weight(
         A tensor of the weight's shape and dtype. dy/dw is 1 times the estimator's
         factor, dy/ds its noise term summed over ``dims``; ``lower`` gets no gradient.
     """
-    grid = (step, lower, top)
-    if is_compiled(kernels, weight):
-        region = compiled(_weight_region)
-        rows, *grid, dims = _in_rows(weight, *grid, tuple(dims))
-        recipe = recipe_for(compiled(weight_levels), rows, *grid)
-        made = region(rows, *grid, dims, estimator)
-        levels = made.view(weight.shape)
-    else:
-        recipe = recipe_for(weight_levels, weight, *grid)
-        made = levels = _weight_region(weight, *grid, tuple(dims), estimator, recipe)
+    regional = is_compiled(kernels, weight)
+    rows, grid, dims = weight, (step, lower, top), tuple(dims)
+    if regional:
+        rows, *grid, dims = _in_rows(weight, *grid, dims)
+    compute = compiled(weight_levels) if regional else weight_levels
+    recipe = recipe_for(compute, rows, *grid)
+    made = _applied(rows, *grid, dims, estimator, recipe, regional)
     if recipe is not None:
         recipe.made(made)
-    return levels
+    return made if rows is weight else made.view(weight.shape)
 
 
-def _activation_region(
-    x: Tensor,
-    step: Tensor,
-    range_: Tensor,
-    lower: Tensor | None,
-    estimator: Estimator,
-    recipe: Recipe | None = None,
-) -> Tensor:
-    return _QuantizeActivation.apply(x, step, range_, lower, estimator, recipe)  # type: ignore[no-any-return]
-
-
-def _weight_region(
-    weight: Tensor,
-    step: Tensor,
-    lower: Tensor,
-    top: Tensor | None,
-    dims: tuple[int, ...],
-    estimator: Estimator,
-    recipe: Recipe | None = None,
-) -> Tensor:
-    return _QuantizeWeight.apply(weight, step, lower, top, dims, estimator, recipe)  # type: ignore[no-any-return]
+def _applied(weight: Tensor, *rest: Any) -> Tensor:
+    """Left to itself, a compiler keeps levels and rounding error of each weight for
+    backward; inside of a checkpoint it computes them again, from a weight that stays
+    where it is."""
+    training = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if not (training and torch.is_grad_enabled() and weight.requires_grad):
+        return _QuantizeWeight.apply(weight, *rest)  # type: ignore[no-any-return]
+    apply: Any = _QuantizeWeight.apply
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(apply, weight, *rest, **options)  # type: ignore[no-any-return]
 
 
 def _in_rows(
@@ -152,26 +135,28 @@ class _QuantizeActivation(Function):
         lower: Tensor | None,
         estimator: Estimator,
         recipe: Recipe | None,
+        regional: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, step, range_, lower)
         ctx.estimator = estimator
         ctx.recipe = recipe
-        return activation_levels(x, step, range_, lower)
+        ctx.regional = regional
+        compute = compiled(activation_levels) if regional else activation_levels
+        return compute(x, step, range_, lower)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, step, range_, lower = ctx.saved_tensors
-        gradient, value = wide(grad_outputs[0], step), wide(x, step)
-        scalars = (step, range_, lower)
-        if torch.compiler.is_compiling():
-            grads = traced_gradients.activation_gradients(
-                value, gradient, *scalars, ctx.estimator
-            )
+        gradient, scalars = grad_outputs[0], (step, range_, lower)
+        derive = _derivation(ctx, traced_gradients.activation_gradients)
+        if derive is not None:
+            grads = derive(x, gradient, *scalars, ctx.estimator)
         else:
+            value = wide(x, step)
             levels = _levels(ctx.recipe, activation_levels, x, value, *scalars)
             grads = gradients.activation_gradients(
-                value, levels, gradient, *scalars, ctx.estimator
+                value, levels, wide(gradient, step), *scalars, ctx.estimator
             )
         grad_x, grad_step, grad_range, grad_lower = grads
         return (
@@ -179,6 +164,7 @@ class _QuantizeActivation(Function):
             grad_step.reshape(step.shape),
             grad_range.reshape(range_.shape),
             None if lower is None else grad_lower.reshape(lower.shape),
+            None,
             None,
             None,
         )
@@ -195,29 +181,43 @@ class _QuantizeWeight(Function):
         dims: tuple[int, ...],
         estimator: Estimator,
         recipe: Recipe | None,
+        regional: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight, step, lower, top)
         ctx.dims = dims
         ctx.estimator = estimator
         ctx.recipe = recipe
-        return weight_levels(weight, step, lower, top)
+        ctx.regional = regional
+        compute = compiled(weight_levels) if regional else weight_levels
+        return compute(weight, step, lower, top)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, step, lower, top = ctx.saved_tensors
-        gradient, value = wide(grad_outputs[0], step), wide(weight, step)
-        if torch.compiler.is_compiling():
-            grad_weight, grad_step = traced_gradients.weight_gradients(
-                value, gradient, step, lower, ctx.dims, ctx.estimator
-            )
+        gradient, rest = grad_outputs[0], (ctx.dims, ctx.estimator)
+        derive = _derivation(ctx, traced_gradients.weight_gradients)
+        if derive is not None:
+            grad_weight, grad_step = derive(weight, gradient, step, lower, *rest)
         else:
+            value = wide(weight, step)
             levels = _levels(ctx.recipe, weight_levels, weight, value, step, lower, top)
             grad_weight, grad_step = gradients.weight_gradients(
-                value, levels, gradient, step, ctx.dims, ctx.estimator
+                value, levels, wide(gradient, step), step, *rest
             )
         grad_weight = grad_weight.to(weight.dtype)
-        return grad_weight, grad_step, None, None, None, None, None
+        return grad_weight, grad_step, None, None, None, None, None, None
+
+
+def _derivation(ctx: Any, formulas: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What computes gradients without the levels; None for the eager kernels."""
+    if torch.compiler.is_compiling():
+        return formulas
+    if not ctx.regional:
+        return None
+    if ctx.recipe is not None:
+        ctx.recipe.let_go()
+    return compiled(formulas)
 
 
 def _levels(

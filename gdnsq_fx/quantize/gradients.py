@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from gdnsq_fx.quantize.blocks import blocks
+from gdnsq_fx.quantize.clamp import Clamp, clamp_of
 from gdnsq_fx.quantize.estimators import input_factor, step_derivative
 from gdnsq_fx.spec import Estimator
-
-LEAST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def activation_gradients(
@@ -36,46 +35,37 @@ def activation_gradients(
         step, range_, lower: scalar tensors as in `quantize_activation`.
         estimator: how gradients pass the rounding.
     """
-    scalars = (step, range_, lower)
+    clamp = clamp_of(step, range_, lower, x)
     if estimator != "lsq":
-        sums = _activation_block(x, levels, gradient, *scalars, estimator)
+        sums = _activation_block(x, levels, gradient, clamp, step, estimator)
     else:
         sums = torch.zeros(3, dtype=step.dtype, device=step.device)
         gradient = _laid_out_like(gradient, x)
         for (part, over, arriving), _ in blocks((x, levels, gradient), step):
-            sums += _activation_block(part, over, arriving, *scalars, estimator)
-    top, below, noise = sums.unbind()
-    return levels, noise - top, top, top + below
+            sums += _activation_block(part, over, arriving, clamp, step, estimator)
+    top, clipped, noise = sums.unbind()
+    return levels, noise - top, top, clipped
 
 
 def _activation_block(
     x: Tensor,
     levels: Tensor,
     gradient: Tensor,
+    clamp: Clamp,
     step: Tensor,
-    range_: Tensor,
-    lower: Tensor | None,
     estimator: Estimator,
 ) -> Tensor:
-    """Sums of the gradient above and below the clamp and of the noise term, ``[3]``;
-    the gradient of x is written over the levels."""
-    high = range_ - step if lower is None else lower + range_ - step
-    clamped = torch.minimum(x, high)
-    margin = clamped - x
-    top = None
-    if lower is not None:  # what cannot be negative is clamped above only
-        top = torch.sub(gradient, _where_zero(gradient, margin, margin), out=margin)
-        top = top.sum()
-        torch.maximum(clamped, lower, out=clamped)
-        torch.sub(clamped, x, out=margin)
+    """Sums of the gradient above the clamp and outside of it, and of the noise term,
+    ``[3]``; the gradient of x is written over the levels."""
+    clamped = clamp.apply(x)
     error = torch.sub(levels, clamped, out=clamped)
-    passed = _where_zero(gradient, margin, levels)
-    clipped = torch.sub(gradient, passed, out=margin).sum()
+    passed = clamp.inside(gradient, x, levels)
+    clipped = gradient.sum() - passed.sum()
+    top = clipped if clamp.is_above_alone else clamp.above(gradient, x).sum()
     noise, factor = _estimated(error, gradient, passed, step, estimator, ())
     if factor is not None:
         passed.mul_(factor)
-    top = clipped if top is None else top
-    return torch.stack([top, clipped - top, noise])
+    return torch.stack([top, clipped, noise])
 
 
 def weight_gradients(
@@ -111,17 +101,6 @@ def _laid_out_like(gradient: Tensor, value: Tensor) -> Tensor:
     if gradient.stride() == value.stride():
         return gradient
     return torch.empty_like(value).copy_(gradient)
-
-
-def _where_zero(gradient: Tensor, margin: Tensor, into: Tensor) -> Tensor:
-    """The gradient where a margin is 0, else 0.
-
-    Comparing into bool and selecting by it is several times slower than the backward of
-    a clamp, which does both at once. It selects: what is infinite elsewhere stays out.
-    """
-    return torch.ops.aten.hardtanh_backward(
-        gradient, margin, -LEAST_NORMAL, LEAST_NORMAL, grad_input=into
-    )
 
 
 def _estimated(

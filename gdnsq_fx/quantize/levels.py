@@ -127,7 +127,11 @@ def _write_codes(
         torch.div(value, step, out=into)
     else:
         torch.sub(value, lower, out=into).div_(step)
-    into.round_().clamp_(min=0.0)
+    into.round_()
+    if top is not None and top.numel() == 1 and top.device.type == "cpu":
+        into.clamp_(0.0, float(top))  # one pass; on a CPU there is nothing to wait for
+        return
+    into.clamp_(min=0.0)
     if top is not None:
         torch.minimum(into, top, out=into)
 

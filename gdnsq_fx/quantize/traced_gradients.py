@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gdnsq_fx.quantize.estimators import input_factor, step_derivative
+from gdnsq_fx.quantize.levels import wide
 from gdnsq_fx.spec import Estimator
 
 
@@ -21,7 +22,11 @@ def activation_gradients(
     lower: Tensor | None,
     estimator: Estimator,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `gdnsq_fx.quantize.gradients.activation_gradients`, without the levels."""
+    """As `gdnsq_fx.quantize.gradients.activation_gradients`, without the levels.
+
+    Tensors of half precision are taken as they are; their gradient is in theirs.
+    """
+    given, x, gradient = x, wide(x, step), wide(gradient, step)
     low = torch.zeros_like(step) if lower is None else lower
     above = x > low + range_ - step
     below = x < low
@@ -36,7 +41,7 @@ def activation_gradients(
     grad_lower = (gradient - passed).sum()
     factor = input_factor(gradient, error, estimator, tuple(range(error.ndim)))
     grad_x = passed if factor is None else passed * factor
-    return grad_x, grad_step, top, grad_lower
+    return grad_x.to(given.dtype), grad_step, top, grad_lower
 
 
 def weight_gradients(
@@ -47,10 +52,13 @@ def weight_gradients(
     dims: tuple[int, ...],
     estimator: Estimator,
 ) -> tuple[Tensor, Tensor]:
-    """As `gdnsq_fx.quantize.gradients.weight_gradients`, without the levels."""
+    """As `gdnsq_fx.quantize.gradients.weight_gradients`, without the levels;
+    half precision as above."""
+    given, weight, gradient = weight, wide(weight, step), wide(gradient, step)
     position = (weight - lower) / step
     error = position.round() - position
     noise = step_derivative(error, estimator)
     grad_step = (gradient * noise).sum(dims, keepdim=True)
     factor = input_factor(gradient, error, estimator, dims)
-    return gradient if factor is None else gradient * factor, grad_step
+    passed = gradient if factor is None else gradient * factor
+    return passed.to(given.dtype), grad_step

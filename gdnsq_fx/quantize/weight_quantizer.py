@@ -42,6 +42,7 @@ class WeightQuantizer(Quantizer):
         super().__init__(edge, spec)
         self.layout = layout
         self._seen: Seen | None = None
+        self._ahead: Seen | None = None
         self.dims = layout.reduced_dims(weight.ndim)
         shape = list(layout.grouped(weight).shape)
         for dim in self.dims:
@@ -51,8 +52,8 @@ class WeightQuantizer(Quantizer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what forward has seen, which is of this very weight."""
-        return {**self.__dict__, "_seen": None}
+        """Without what was seen, which is of this very weight."""
+        return {**self.__dict__, "_seen": None, "_ahead": None}
 
     @property
     def within_int8(self) -> bool:
@@ -131,7 +132,17 @@ class WeightQuantizer(Quantizer):
 
     def forget(self) -> None:
         """Look at the weight anew, which an update may change and keep its version."""
-        self._seen = None
+        self._seen = self._ahead = None
+
+    def look_ahead(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`extremes`, which the next forward pass in training takes as they are.
+
+        For after an update: the weight is looked at once a step. What changes it
+        until then must count as a modification in place (``.data`` does not).
+        """
+        self.forget()
+        self._ahead = seen = self._look(weight)
+        return seen.low, seen.high
 
     @torch.no_grad()
     def _look(self, weight: Tensor) -> Seen:
@@ -154,8 +165,11 @@ class WeightQuantizer(Quantizer):
             # Whoever traces symbolically hands in a proxy.
             known = isinstance(weight, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
             if remember and known and not torch.compiler.is_compiling():
-                self._seen = self._look(weight)
-                low, high = self._seen.low, self._seen.high
+                seen, self._ahead = self._ahead, None
+                if seen is None or not seen.is_of(weight):
+                    seen = self._look(weight)
+                self._seen = seen
+                low, high = seen.low, seen.high
             else:
                 low, high = self.extremes(weight)
             capacity = torch.log2((high - low) / step + 1.0)

@@ -14,6 +14,7 @@ from gdnsq_fx.analysis.dynamics import CapacityTracker
 from gdnsq_fx.errors import ConfigError
 from gdnsq_fx.inputs import Batch, model_device
 from gdnsq_fx.quantize.quantizer import Quantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.training.amp import MixedPrecision
 from gdnsq_fx.training.constraint import LOSS_MEMORY, Cap
 from gdnsq_fx.training.constraint_choice import Limits
@@ -244,6 +245,9 @@ class Run:
         # First the targets: what the model holds was placed for them.
         self.constraint.load_state(under(state, "constraint"))
         load_model_state(self.qmodel, under(state, "model"))
+        for quantizer in self.qmodel.modules():
+            if isinstance(quantizer, WeightQuantizer):
+                quantizer.forget()  # parts of a sharded weight keep its version
         load_optimizer_state(self.optimizer, under(state, "optimizer"))
         self.history = history_of(under(state, "history"))
         self.precision.load_state(under(state, "precision"))

@@ -132,10 +132,8 @@ class Weights(SideBySide):
         return Excess((excess * self._shares).sum(), (counts > 0).sum())
 
     def project(self, cap: float) -> None:
-        """See `projected_weight`; the extremes that forward met are forgotten."""
-        for site in self._sites:
-            site.quantizer.forget()
-        extremes = [s.quantizer.extremes(s.weight()) for s in self._sites]
+        """See `projected_weight`; the next forward pass knows the extremes met here."""
+        extremes = [s.quantizer.look_ahead(s.weight()) for s in self._sites]
         lows, highs = (_flat(one) for one in zip(*extremes, strict=True))
         inside = self._sites[0].quantizer.within_int8
         projected = projected_weight(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gdnsq_fx.quantize import blocks as blocks_module
-from gdnsq_fx.quantize import gradients
+from gdnsq_fx.quantize import clamp, gradients
 from gdnsq_fx.quantize.blocks import blocks, is_dense
 from gdnsq_fx.quantize.levels import activation_levels, clamped_codes, weight_levels
 
@@ -127,3 +127,33 @@ def test_what_fills_its_memory_is_dense() -> None:
         "sliced",
         "expanded",
     ]
+
+
+@pytest.mark.parametrize("lower", [None, -0.5])
+def test_the_clamp_by_numbers_is_the_clamp_by_tensors(
+    lower: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ends belong to the inside; what is infinite outside stays out."""
+    step, range_ = _scalars(0.25, 2.0)
+    bound = None if lower is None else torch.tensor(lower)
+    low = 0.0 if lower is None else lower
+    high = low + 1.75
+    ends = torch.tensor([low, high])
+    beyond = torch.nextafter(ends, torch.tensor([-1.0, 9.0]))
+    x = torch.cat([ends, beyond, torch.tensor([torch.inf, -torch.inf, 0.3])])
+    x = x if lower is not None else x[x >= 0.0]
+    levels = activation_levels(x, step, range_, bound)
+    arriving = torch.where(x.isinf(), torch.inf, torch.arange(1.0, len(x) + 1.0))
+
+    def found() -> tuple[Tensor, ...]:
+        return gradients.activation_gradients(
+            x, levels.clone(), arriving, step, range_, bound, "lsq"
+        )
+
+    by_numbers = found()
+    monkeypatch.setattr(clamp, "is_plain", lambda value: False)
+    by_tensors = found()
+    inside = (x >= low) & (x <= high)
+    assert torch.equal(by_numbers[0], torch.where(inside, arriving, 0.0))
+    for one, other in zip(by_numbers, by_tensors, strict=True):
+        assert torch.allclose(one, other, equal_nan=True)

@@ -128,3 +128,29 @@ def test_copies_forget_what_forward_saw() -> None:
     quantizer(weight)
     assert quantizer.__dict__["_seen"] is not None
     assert copy.deepcopy(quantizer).__dict__["_seen"] is None
+
+
+def test_forward_after_projection_walks_over_no_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = nn.Parameter(torch.randn(4, 9))
+    quantizer = _quantizer(weight)
+    wanted = quantizer(weight)
+    walks = _walks(monkeypatch)
+    quantizer.look_ahead(weight)
+    assert torch.equal(quantizer(weight), wanted)
+    assert len(walks) == 1
+    quantizer(weight)  # what was found ahead is for one forward pass
+    assert len(walks) == 2
+
+
+def test_what_was_found_ahead_is_of_the_weight_as_it_was() -> None:
+    weight = nn.Parameter(torch.randn(4, 9))
+    quantizer = _quantizer(weight)
+    quantizer.look_ahead(weight)
+    with torch.no_grad():
+        weight.mul_(2.0)
+    found = quantizer(weight)
+    assert torch.equal(found, copy.deepcopy(quantizer)(weight))
+    quantizer.look_ahead(weight)
+    assert copy.deepcopy(quantizer).__dict__["_ahead"] is None

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
 import gdnsq_fx
 from gdnsq_fx.errors import ConfigError
+from gdnsq_fx.sites import weight_sites
 
 STEPS = 12
 
@@ -74,6 +76,27 @@ def test_features_are_read_from_the_compiled_graph() -> None:
     options: dict[str, Any] = {"features": {relu.name: 1.0}}
     found = _losses(qmodel, compile={"backend": "eager"}, **options)
     assert found[:6] == pytest.approx(_losses(_prepared(), **options)[:6], rel=1e-4)
+
+
+def test_compiled_backward_keeps_no_levels_of_weights() -> None:
+    torch._dynamo.reset()
+    qmodel = _prepared().train()
+    model = torch.compile(qmodel, fullgraph=True, backend="aot_eager_decomp_partition")
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(torch.randn(2, 6))
+    for parameter in qmodel.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    least = min(site.weight().numel() for site in weight_sites(qmodel))
+    # Batches of two: no activation is as large as a weight.
+    assert max(kept.values()) < least
+    output.sum().backward()
+    assert all(p.grad is not None for p in qmodel.parameters())
 
 
 def test_other_options_are_refused() -> None:
