@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -37,6 +38,7 @@ from gdnsq_fx.training.result import FinetuneResult
 from gdnsq_fx.training.run import Run
 from gdnsq_fx.training.schedule import Schedule
 from gdnsq_fx.training.settings import Goal, Settings
+from gdnsq_fx.training.settled_inputs import settled_inputs
 from gdnsq_fx.training.validation import Validate, Validation
 from gdnsq_fx.training.working_copy import agree_on
 
@@ -214,7 +216,9 @@ def finetune(
         limits = prediction.limits_of_new(stream)
     bar = step_bar(begun, steps, shown=progress and group.is_main)
     listeners = list(callbacks) if group.is_main else []
-    with in_evaluation(frozen), saving, bar, engine.working(qmodel) as model:
+    settled = settled_inputs(qmodel) if budget is None else nullcontext()
+    working = engine.working(qmodel)
+    with in_evaluation(frozen), settled, saving, bar, working as model:
         module: nn.Module = model
         objective = Objective(
             frozen,

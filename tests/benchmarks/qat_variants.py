@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import qat_peers
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 import gdnsq_fx
 from gdnsq_fx.training.constraint import Constraint
+from gdnsq_fx.training.settled_inputs import settled_inputs
 
 WARM_UP = 2
 
@@ -32,6 +34,7 @@ class Variant:
         growth: of its penalty; 0: none.
         seconds: of every step.
         saved: bytes that autograd keeps.
+        training: what holds as long as it is trained, as in `finetune`.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Variant:
     growth: float = 0.0
     seconds: list[float] = field(default_factory=list)
     saved: int = 0
+    training: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.Adam(self.owner.parameters(), lr=1e-5)
@@ -117,7 +121,9 @@ def prepared(
     """Our variant of a model."""
     config = gdnsq_fx.QuantConfig(qat_peers.BITS, qat_peers.BITS)
     qmodel = gdnsq_fx.prepare(model, x[:2], config, [x])
-    return Variant(name, qmodel, qmodel, base, Constraint(qmodel), growth)
+    made = Variant(name, qmodel, qmodel, base, Constraint(qmodel), growth)
+    made.training.enter_context(settled_inputs(qmodel))
+    return made
 
 
 def measure(
