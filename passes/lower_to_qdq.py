@@ -193,7 +193,7 @@ def _store_levels(owner: GraphModule, node: Node, reader: Node) -> None:
     OpenVINO 2026.4 cannot load a sum of an activation and quantized constants.
     """
     prefix = stored_name(node, 1).rpartition(".")[0]
-    levels = stored_value(owner, reader)
+    levels = stored_value(owner, reader).contiguous()
     owner.get_submodule(prefix).register_buffer("levels", levels)
     with owner.graph.inserting_before(reader):
         source = owner.graph.get_attr(f"{prefix}.levels")

@@ -59,6 +59,10 @@ def shrink(model: Any, *, shapes: bool = False) -> None:
     are asked for.
     """
     ir = onnx_ir()
+    for value in model.graph.initializers.values():
+        stored = value.const_value.numpy()
+        if not stored.flags.c_contiguous:  # a permuted buffer, which cannot be hashed
+            value.const_value = ir.tensor(stored.copy(order="C"), name=value.name)
     ir.passes.common.DeduplicateHashedInitializersPass()(model)
     ir.passes.common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_map
 
 from gdnsq_fx.errors import ExportError
@@ -68,13 +68,36 @@ def _exported(model: GraphModule, example: Example) -> ExportedProgram:
     shapes = _dynamic_shapes(model, args, kwargs) if example.dynamic_batch else None
     try:
         with torch.no_grad():
-            return torch.export.export(
+            program = torch.export.export(
                 model, args, kwargs, dynamic_shapes=shapes, strict=False
             )
     # torch raises what its own passes and the model's operations happen to raise.
     except Exception as error:
         cause = str(error).partition(_ADVICE)[0].strip()
         raise ExportError(f"torch.export refuses the model: {cause}") from error
+    _allow_other_strides(program.graph)
+    return program
+
+
+def _allow_other_strides(graph: Graph) -> None:
+    """Copy what is reshaped of fused attention.
+
+    An exporter notes the reshape as the view that it is on the strides of the fused
+    kernel, and refuses it once it takes attention apart, which gives others.
+    """
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.target not in (aten.reshape.default, aten.view.default):
+            continue
+        value = source = node.args[0]
+        while source.target in (aten.transpose.int, aten.permute.default):
+            source = source.args[0]
+        if source.target is aten.scaled_dot_product_attention.default:
+            kwargs: dict[str, Any] = {"memory_format": torch.contiguous_format}
+            with graph.inserting_before(node):
+                copied = graph.call_function(aten.clone.default, (value,), kwargs)
+            copied.meta = dict(value.meta)
+            node.update_arg(0, copied)
 
 
 def _dynamic_shapes(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import gdnsq_fx
 from gdnsq_fx.deploy.reference import ReferenceExecutor
@@ -37,6 +38,40 @@ def test_three_executors_agree(prepared_residual, bits: int, tmp_path: Path) -> 
         assert torch.equal(got.argmax(1), reference[:count].argmax(1))
         assert torch.equal(own[:count].argmax(1), reference[:count].argmax(1))
         assert float((got - reference[:count]).abs().max()) <= 0.01 * spread
+
+
+class _Biased(nn.Module):
+    """Fused attention with a bias that is a permuted buffer; one row for each token."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.out = nn.Linear(8, 4)
+        self.register_buffer("table", torch.randn(5, 5, 2).permute(2, 0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).reshape(-1, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, self.table)
+        return self.out(mixed.transpose(1, 2).reshape(-1, 5, 8))
+
+
+def test_fused_attention_and_a_permuted_buffer(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 8)
+    qmodel = gdnsq_fx.prepare(_Biased().eval(), x, calibration=[x])
+    imodel = gdnsq_fx.convert(qmodel, calibration=[x])
+    path = tmp_path / "model.onnx"
+    gdnsq_fx.export(imodel, path, x, dynamic_batch=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.tensor(got), imodel(x).detach(), atol=0.05, rtol=0)
+    assert gdnsq_fx.verify(
+        imodel, path, [x], runtimes=["torch", "onnxruntime"], progress=False
+    ).ok
 
 
 def test_without_onnx_the_extra_is_named(
