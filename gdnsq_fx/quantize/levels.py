@@ -62,14 +62,14 @@ def snap_offset(offset: Tensor, step: Tensor, mode: Offset) -> Tensor:
 
 
 def beside_midway(offset: Tensor, step: Tensor) -> Tensor:
-    """Move an odd multiple of half a step up by a sixteenth of a step.
+    """Move an odd multiple of half a step up by a sixty-fourth of a step.
 
     0, which activations often are to rounding (GELU, masks), would lie midway between
     two levels, and float rounding would choose one of them.
     """
     step = step.detach()
     odd = torch.round(offset.detach() / (step / 2)).remainder(2.0)
-    return offset + odd * step / 16
+    return offset + odd * step / 64
 
 
 def activation_levels(
