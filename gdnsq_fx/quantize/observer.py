@@ -16,6 +16,12 @@ SAMPLE_SIZE = 1 << 16
 CANDIDATES = 64
 # Of a range that is searched; see `Observer._best_shrink`.
 MOST_BITS = 12
+# Data on a lattice, such as pixels of whole sixteenths, may lie midway between two
+# levels in numbers. Float rounding would choose theirs, and runtimes round differently,
+# so levels lie a little further apart there.
+MIDWAY = 1e-4
+MOST_MIDWAY = 1e-3
+OFF_LATTICE = 1.0 + 1.0 / 256.0
 # Products of such values overflow, so that only what is never multiplied with its like
 # holds them: a mask.
 MASK_LIMIT = math.sqrt(torch.finfo(torch.float32).max)
@@ -119,6 +125,17 @@ class Observer:
         bits = quantizer.spec.bits
         (shrink,) = self._best_shrinks(low, high, [bits])
         quantizer.cover(low * shrink, high * shrink, bits)
+        if self._share_midway(quantizer) > MOST_MIDWAY:
+            shrink *= OFF_LATTICE
+            quantizer.cover(low * shrink, high * shrink, bits)
+
+    def _share_midway(self, quantizer: ActivationQuantizer) -> float:
+        """Share of values that lie midway between two levels, to float rounding."""
+        step, lowest = quantizer.step.detach(), quantizer.offset.detach()
+        places = (self._sample - lowest.to(self._sample)) / step.to(self._sample)
+        inside = (places > 0.0) & (places < float(quantizer.levels() - 1))
+        midway = ((places % 1.0) - 0.5).abs() < MIDWAY
+        return float((inside & midway).float().mean()) if len(places) else 0.0
 
     def note_shares(self, quantizer: ActivationQuantizer) -> None:
         """Note where the levels would lie at other widths (`change_width` uses it)."""

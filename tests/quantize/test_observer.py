@@ -153,3 +153,24 @@ def test_hook_sees_the_input_of_a_module() -> None:
     layer(torch.tensor([3.0, 4.0]))
     handle.remove()
     assert (observer.low, observer.high) == (3.0, 4.0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_levels_keep_off_the_midst_of_a_lattice(bits: int) -> None:
+    """8/16 is midway between two of 256 levels over 0..1."""
+    pixels = torch.arange(17.0).repeat(50) / 16.0
+    spec = QuantSpec(bits, "lsq", "half_step")
+    quantizer = ActivationQuantizer("x", spec, nonnegative=True)
+    observer = Observer("x")
+    observer.add(pixels)
+    observer.place(quantizer)
+    step = quantizer.step.detach()
+    places = pixels / step
+    inside = places < quantizer.levels() - 1
+    assert float((((places % 1.0) - 0.5).abs() < 1e-4)[inside].float().sum()) == 0.0
+    bytes_ = torch.arange(256.0) / 255.0
+    observer = Observer("x")
+    observer.add(bytes_)
+    observer.place(quantizer)
+    if bits == 8:  # uint8 images stay exact
+        torch.testing.assert_close(quantizer.quantize(bytes_).detach(), bytes_)
