@@ -381,20 +381,29 @@ def test_an_output_without_classes_is_compared_by_its_square(loss: Any) -> None:
     assert predicted["strong.weight"][3] > 100.0 * predicted["weak.weight"][3] > 0.0
 
 
-class TwoHeads(Branches):
-    """A second output, of the weak branch alone."""
+class TwoOutputs(Branches):
+    """The same branches; which of them is weak depends on the output."""
 
     def forward(self, x: Tensor) -> Any:
-        return {"main": super().forward(x), "side": self.weak(torch.tanh(x))}
+        x = torch.relu(self.norm(x))
+        one, other = self.strong(x), self.weak(torch.tanh(x))
+        return {"this": one + 1e-3 * other, "that": other + 1e-3 * one, "alone": one}
 
 
 def test_the_part_of_the_output_that_is_distilled_counts() -> None:
-    qmodel, batches = _prepared(TwoHeads()), _samples().split(SIZE)
-    main = _predicted(qmodel, batches, output="main").predicted
-    side = _predicted(qmodel, batches, output="side").predicted
-    assert main is not None and side is not None
-    assert main["strong.weight"][2] > main["weak.weight"][2]
-    assert side["strong.weight"][2] == 0.0 < side["weak.weight"][2]
+    qmodel, batches = _prepared(TwoOutputs()), _samples().split(SIZE)
+    this = _predicted(qmodel, batches, output="this").predicted
+    that = _predicted(qmodel, batches, output=lambda out: out["that"]).predicted
+    assert this is not None and that is not None
+    assert this["strong.weight"][2] > 100.0 * this["weak.weight"][2]
+    assert that["weak.weight"][2] > 100.0 * that["strong.weight"][2]
+
+
+def test_an_edge_of_which_nothing_is_known_is_not_starved() -> None:
+    """It may matter to the loss of the task."""
+    qmodel, batches = _prepared(TwoOutputs()), _samples().split(SIZE)
+    with pytest.warns(CalibrationWarning, match=r"weak.weight.* do not reach"):
+        assert _predicted(qmodel, batches, output="alone").predicted is None
 
 
 def test_an_edge_of_a_report_is_put_back_after_an_error(
