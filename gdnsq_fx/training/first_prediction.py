@@ -8,9 +8,9 @@ time as 35 steps on those batches). The model, the facts on its nodes and the ra
 state are as before.
 
 Of several processes, each predicts on its share. Predictions are means over samples,
-with signs drawn from what each sample holds, so that their mean does not depend on how
-many processes there are, but for rounding. A run that goes on has them from its
-checkpoint.
+each of which is predicted by itself, so that they do not depend on how many processes
+there are, but for rounding. Levels are those that `PlannedBits` opens with. A run that
+goes on has its predictions from its checkpoint.
 
 Where nothing can be predicted, training may work all the same, so a warning says why,
 and the plan starts uniform.
@@ -177,7 +177,7 @@ class FirstPrediction:
             widths=WIDTHS,
             advice=False,
             part=part,
-            by_content=True,
+            by_sample=True,
         )
 
 

@@ -61,7 +61,7 @@ def _prepared(model: nn.Module | None = None) -> GraphModule:
     torch.manual_seed(0)
     batches = _samples().split(SIZE)
     config = gdnsq_fx.QuantConfig(3, 3, first_last=None, estimator="ste")
-    model = Branches() if model is None else model
+    model = (Branches() if model is None else model).eval()
     return gdnsq_fx.prepare(model, batches[0], config, batches).train()
 
 
@@ -315,14 +315,14 @@ def _endless(passes: Iterable[Iterable[Tensor]]) -> Iterator[Tensor]:
 # --- processes that share a batch ---
 
 
-def _analysis(qmodel: GraphModule, batches: Any, *, by_content: bool) -> Tensor:
+def _analysis(qmodel: GraphModule, batches: Any, *, by_sample: bool) -> Tensor:
     analysis = AnalyzeCapacity(
         batches,
         model_facts(qmodel).inputs,
         joint=False,
         widths=range(1, 9),
         advice=False,
-        by_content=by_content,
+        by_sample=by_sample,
     )
     analysis(qmodel)
     found = predicted_divergences(qmodel)
@@ -333,12 +333,12 @@ def _analysis(qmodel: GraphModule, batches: Any, *, by_content: bool) -> Tensor:
 def test_predictions_do_not_depend_on_how_samples_are_cut_into_batches() -> None:
     qmodel, every = _prepared(), _samples()
     parts = [every[start::2] for start in range(2)]  # in another order, too
-    whole = _analysis(qmodel, [every], by_content=True)
-    cut = torch.stack([_analysis(qmodel, [p], by_content=True) for p in parts]).mean(0)
+    whole = _analysis(qmodel, [every], by_sample=True)
+    cut = torch.stack([_analysis(qmodel, [p], by_sample=True) for p in parts]).mean(0)
     torch.testing.assert_close(cut, whole, rtol=1e-4, atol=0.0)
     # Ten classes and four draws: with signs drawn in order, they do.
-    drawn = torch.stack([_analysis(qmodel, [p], by_content=False) for p in parts])
-    in_order = _analysis(qmodel, [every], by_content=False)
+    drawn = torch.stack([_analysis(qmodel, [p], by_sample=False) for p in parts])
+    in_order = _analysis(qmodel, [every], by_sample=False)
     assert ((drawn.mean(0) / in_order - 1.0).abs() > 1e-2).any()
     # Both are estimates of the same.
     torch.testing.assert_close(in_order.log(), whole.log(), rtol=0.0, atol=0.5)
