@@ -266,14 +266,13 @@ def test_no_more_is_drawn_from_an_iterator_than_the_run_needs() -> None:
 # --- checkpoints ---
 
 
-@pytest.mark.parametrize("source", [*SOURCES, "drawing"])
-@pytest.mark.parametrize("after", [4, 7, 12])
+@pytest.mark.parametrize("source", ["three", "noisy, own generator", "drawing"])
+@pytest.mark.parametrize("after", [4, 7])
 def test_a_resumed_run_is_the_same_without_another_analysis(
     source: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The revision, after 5 steps, weighs what was predicted before the first."""
-    if source == "streaming":
-        pytest.skip("not resumable: it does not begin anew")
+    """The revision, after 5 steps, weighs what was predicted before the first, and the
+    learning rate goes by the plan, whose median weight is not that of a uniform one."""
 
     def run(folder: Path | None, stop: int | None = None) -> Any:
         qmodel, calls = _prepared(), itertools.count(1)
