@@ -47,7 +47,7 @@ class Prediction:
     Attributes:
         graph_module: prepared, in evaluation.
         statistics: of every edge, by name.
-        draws, joint, widths, advice, curvature, part, by_content: as in
+        draws, joint, widths, advice, curvature, part, by_sample: as in
             `AnalyzeCapacity`.
     """
 
@@ -59,7 +59,7 @@ class Prediction:
     advice: bool
     curvature: Curvature
     part: Callable[[Any], Any] | None = None
-    by_content: bool = False
+    by_sample: bool = False
     _alone_signs: torch.Generator = field(default_factory=lambda: _seeded(0))
     _joint_signs: torch.Generator = field(default_factory=lambda: _seeded(1))
     _now: ErrorsNow = field(init=False)
@@ -74,7 +74,9 @@ class Prediction:
         object.__setattr__(self, "_now", now)
         for width in self.widths:
             at = dict.fromkeys(bits, width)
-            self._at_width.append(ErrorsAt(at, bits, now, keep=keep))
+            self._at_width.append(
+                ErrorsAt(at, bits, now, keep=keep, as_calibrated=self.by_sample)
+            )
         if self.advice and not self.widths:
             more = {name: min(b + 1, MAX_BITS) for name, b in bits.items()}
             self._raised.append(ErrorsAt(more, bits, now, keep=keep))
@@ -92,7 +94,7 @@ class Prediction:
         sources = [MeasuredErrors(self.statistics, self._now), *self._raised]
         probe, logits = self._run(batch, sources)
         inputs = (batch.args, batch.kwargs)
-        seeds = content_seeds(inputs, size) if self.by_content else ()
+        seeds = content_seeds(inputs, size) if self.by_sample else ()
         directions = Directions(
             logits, self.draws, self.curvature, self._alone_signs, seeds
         )

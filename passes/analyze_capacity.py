@@ -59,8 +59,10 @@ class AnalyzeCapacity(Pass):
         advice: predict it at one bit more as well, unless ``widths`` are given.
         part: the part of an output that is compared, a function of the output; by
             default ``logits`` or the first tensor.
-        by_content: draw signs from what each sample holds, so that what is predicted
-            of edges alone does not depend on how samples are cut into batches.
+        by_sample: predict the divergence of edges alone, at ``widths`` too, sample by
+            sample, so that it does not depend on how samples are cut into batches:
+            signs are drawn from what a sample holds, and levels of activations placed
+            by what calibration found instead of on the first batch.
     """
 
     batches: Iterable[object]
@@ -72,7 +74,7 @@ class AnalyzeCapacity(Pass):
     widths: Sequence[int] = ()
     advice: bool = True
     part: Callable[[Any], Any] | None = None
-    by_content: bool = False
+    by_sample: bool = False
 
     def __post_init__(self) -> None:
         if self.draws < 1 or self.draws & (self.draws - 1):
@@ -111,7 +113,7 @@ class AnalyzeCapacity(Pass):
                 self.advice,
                 self.curvature,
                 self.part,
-                self.by_content,
+                self.by_sample,
             )
             for one in self.batches:
                 batch = one if isinstance(one, Batch) else self.inputs.split(one)

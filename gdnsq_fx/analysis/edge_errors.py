@@ -89,7 +89,8 @@ class MeasuredErrors:
 
 
 class ErrorsAt:
-    """The errors at other bit-widths; levels are placed on the first value met.
+    """The errors at other bit-widths; levels are placed on the first value met, or by
+    what calibration found.
 
     An edge that stands at its width already keeps its levels.
 
@@ -98,6 +99,7 @@ class ErrorsAt:
         hard_bits: of every edge, now.
         now: of the edges that stand at their width.
         keep: as in `ErrorsNow`.
+        as_calibrated: as in `at_width`.
     """
 
     def __init__(
@@ -107,10 +109,12 @@ class ErrorsAt:
         now: ErrorsNow,
         *,
         keep: bool,
+        as_calibrated: bool = False,
     ) -> None:
         self.widths = widths
         self._hard_bits = hard_bits
         self._now = now
+        self._as_calibrated = as_calibrated
         self._then = ErrorsNow(keep=keep)
         self._placed: dict[str, Quantizer] = {}
 
@@ -122,6 +126,11 @@ class ErrorsAt:
             return self._now(quantizer, value)
         placed = self._placed.get(edge)
         if placed is None:
-            placed = at_width(quantizer, value, self.widths[edge])
+            placed = at_width(
+                quantizer,
+                value,
+                self.widths[edge],
+                as_calibrated=self._as_calibrated,
+            )
             self._placed[edge] = placed
         return self._then(placed, value)

@@ -17,7 +17,9 @@ SAMPLE_SIZE = 1 << 13
 
 
 @torch.no_grad()
-def at_width(quantizer: Quantizer, value: Tensor, bits: int) -> Quantizer:
+def at_width(
+    quantizer: Quantizer, value: Tensor, bits: int, *, as_calibrated: bool = False
+) -> Quantizer:
     """A copy with its levels placed anew for ``bits``, by the rules of `Calibrate`.
 
     The range of an activation depends on the width: with few levels the least squared
@@ -28,6 +30,8 @@ def at_width(quantizer: Quantizer, value: Tensor, bits: int) -> Quantizer:
         quantizer: a calibrated one.
         value: what it quantizes; the weight, or a batch of the activation.
         bits: bit-width, 1..16.
+        as_calibrated: place the levels of an activation by what calibration found,
+            as fine-tuning does, instead of on the value.
 
     Raises:
         ConfigError: ``bits`` is out of range.
@@ -37,6 +41,8 @@ def at_width(quantizer: Quantizer, value: Tensor, bits: int) -> Quantizer:
     placed.spec = replace(quantizer.spec, bits=bits)
     if isinstance(placed, WeightQuantizer):
         placed.open_to(value, bits)
+    elif isinstance(placed, ActivationQuantizer) and as_calibrated:
+        placed.change_width(bits)
     elif isinstance(placed, ActivationQuantizer):
         observer = Observer(placed.edge)
         observer.add(_sample(value))

@@ -198,14 +198,23 @@ def predicted_divergences(graph_module: GraphModule) -> Divergences | None:
     found: dict[str, Mapping[int, float]] = {}
     for site in sites(graph_module):
         edge = facts(site.node).edge
-        at = {} if edge is None else edge.divergence_at
-        if not set(WIDTHS) <= set(at):
-            return None
-        left = LEFT_BY_TRAINING if isinstance(site, WeightSite) else 1.0
+        found[site.edge] = {} if edge is None else edge.divergence_at
+    if any(not set(WIDTHS) <= set(at) for at in found.values()):
+        return None
+    return left_by_training(graph_module, found)
+
+
+def left_by_training(
+    graph_module: GraphModule, divergences: Divergences
+) -> dict[str, dict[int, float]]:
+    """What training is likely to leave of predictions, falling with every bit."""
+    left: dict[str, dict[int, float]] = {}
+    for site in sites(graph_module):
+        share = LEFT_BY_TRAINING if isinstance(site, WeightSite) else 1.0
         costs: dict[int, float] = {}
         most = math.inf
         for bits in WIDTHS:
-            costs[bits] = min(left * at[bits], most)
+            costs[bits] = min(share * divergences[site.edge][bits], most)
             most = (1.0 - LEAST_SAVED) * costs[bits]
-        found[site.edge] = costs
-    return found
+        left[site.edge] = costs
+    return left

@@ -8,9 +8,9 @@ time as 35 steps on those batches). The model, the facts on its nodes and the ra
 state are as before.
 
 Of several processes, each predicts on its share. Predictions are means over samples,
-with signs drawn from what each sample holds, so that their mean does not depend on how
-many processes there are, but for rounding. A run that goes on has them from its
-checkpoint.
+each of which is predicted by itself, so that they do not depend on how many processes
+there are, but for rounding. Levels are those that `PlannedBits` opens with. A run that
+goes on has its predictions from its checkpoint.
 
 Where nothing can be predicted, training may work all the same, so a warning says why,
 and the plan starts uniform.
@@ -19,7 +19,7 @@ and the plan starts uniform.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from gdnsq_fx.analysis.allocation import Divergences, check_feasible
 from gdnsq_fx.analysis.cost_model import CostModel
 from gdnsq_fx.analysis.divergence import Curvature
-from gdnsq_fx.annotations import KEY, model_facts
+from gdnsq_fx.annotations import KEY, facts, model_facts
 from gdnsq_fx.budget import Budget
 from gdnsq_fx.errors import CalibrationError, CalibrationWarning, ConfigError
 from gdnsq_fx.inputs import Batch, batch_size
@@ -43,6 +43,7 @@ from gdnsq_fx.training.budgeted_bits import (
     WIDTHS,
     divergences_of,
     divergences_tensor,
+    left_by_training,
     predicted_divergences,
 )
 from gdnsq_fx.training.checkpointing import Checkpointing
@@ -139,7 +140,8 @@ class FirstPrediction:
             parts = self.group.mean(parts.to(self.group.device)).cpu()
         mean = (parts[1:] / parts[0]).view_as(sums)  # 0 / 0 where there are no samples
         if bool(torch.isfinite(mean).all()):
-            return divergences_of(mean, self._edges)
+            found = divergences_of(mean, self._edges)
+            return left_by_training(self.qmodel, found)
         if self.group.is_main:
             warnings.warn(
                 "nothing could be predicted from the first training batches, so the "
@@ -152,6 +154,7 @@ class FirstPrediction:
         return None
 
     def _analyzed(self, batches: list[Batch]) -> Divergences:
+        """As predicted, before training leaves less of it."""
         curvature: Curvature = "softmax"
         if self.distillation_loss is squared_distillation_loss:
             curvature = "identity"
@@ -162,9 +165,7 @@ class FirstPrediction:
                 if curvature == "identity":
                     raise
                 self._analysis(batches, "identity")(self.qmodel)
-            found = predicted_divergences(self.qmodel)
-        assert found is not None
-        return found
+            return _written(self.qmodel)
 
     def _analysis(self, batches: list[Batch], curvature: Curvature) -> AnalyzeCapacity:
         part = None if self.output is None else partial(select, selector=self.output)
@@ -176,8 +177,27 @@ class FirstPrediction:
             widths=WIDTHS,
             advice=False,
             part=part,
-            by_content=True,
+            by_sample=True,
         )
+
+
+def _written(qmodel: GraphModule) -> Divergences:
+    """What an analysis wrote on the nodes.
+
+    Raises:
+        CalibrationError: edges of which it tells nothing; they may matter to the loss
+            of the task, and would get a single bit.
+    """
+    found: dict[str, Mapping[int, float]] = {}
+    for site in sites(qmodel):
+        edge = facts(site.node).edge
+        found[site.edge] = {} if edge is None else edge.divergence_at
+    silent = [name for name, at in found.items() if not at]
+    if silent:
+        raise CalibrationError(
+            f"{', '.join(silent)} do not reach the output that is compared"
+        )
+    return found
 
 
 @contextmanager

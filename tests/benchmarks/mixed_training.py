@@ -6,8 +6,9 @@ Every method trains as many steps, from the same trained networks, on the same b
 
 * uniform: all edges at the same bits;
 * allocate: the bits that `allocate` chose before training, fixed from then on;
-* learned: bits learned within the budget, from nothing but the gradients;
-* planned: the same, the first plan made by predicted divergences.
+* learned: `finetune` with the budget, from nothing but the training batches, on the
+  first of which it predicts for its plan;
+* planned: the same, after ``analyze(..., widths=range(1, 9))`` on calibration data.
 
 The budgets are the weight bytes of uniform 2 bits with activations of at most 3 bits,
 and the bit operations of uniform W3A3. Accuracy and Jeffreys divergence from the

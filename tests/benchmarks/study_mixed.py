@@ -9,7 +9,8 @@ W3A3:
 
 * uniform: all edges at the same bits;
 * allocate: the bits that `allocate` chose before training, fixed from then on;
-* learned: `finetune` with the budget, from nothing but the training batches;
+* learned: `finetune` with the budget, from nothing but the training batches, on the
+  first of which it predicts for its plan;
 * planned: the same, after ``analyze(..., widths=range(1, 9))`` on calibration data.
 
 Accuracy is that on all 10,000 test images. Every method must meet the budget exactly,

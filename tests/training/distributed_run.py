@@ -25,7 +25,13 @@ from torch.fx import GraphModule
 from torch.utils.data import DataLoader, TensorDataset
 
 import gdnsq_fx
+from gdnsq_fx.annotations import model_facts
 from gdnsq_fx.errors import TrainingDivergedError
+from gdnsq_fx.training.batches import BatchStream
+from gdnsq_fx.training.budgeted_bits import divergences_tensor
+from gdnsq_fx.training.distributed import engine_for
+from gdnsq_fx.training.first_prediction import FirstPrediction
+from gdnsq_fx.training.planned_bits import PlannedBits
 
 STEPS, BATCH = 20, 16
 
@@ -33,14 +39,14 @@ STEPS, BATCH = 20, 16
 class Net(nn.Module):
     """BatchNorm, LayerNorm, a scalar parameter, sizes that two does not divide."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 3) -> None:
         super().__init__()
         self.first = nn.Conv2d(1, 6, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(6)
         self.second = nn.Conv2d(6, 5, 3, padding=1)
         self.scale = nn.Parameter(torch.tensor(1.5))
         self.layer_norm = nn.LayerNorm(80)
-        self.head = nn.Linear(80, 3)
+        self.head = nn.Linear(80, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.first(x)))
@@ -60,10 +66,10 @@ def share_of(accelerator: Accelerator) -> list[Tensor]:
     return [batch[part] for batch in samples().split(BATCH)]
 
 
-def prepared(seed: int = 0, **options: Any) -> GraphModule:
+def prepared(seed: int = 0, classes: int = 3, **options: Any) -> GraphModule:
     """The same on every process, unless the seed differs."""
     torch.manual_seed(seed)
-    model, examples = Net(), torch.randn(4, BATCH, 1, 4, 4)
+    model, examples = Net(classes), torch.randn(4, BATCH, 1, 4, 4)
     config = gdnsq_fx.QuantConfig(4, 4, first_last=None, **options)
     return gdnsq_fx.prepare(model, examples[0], config, list(examples)).train()
 
@@ -122,6 +128,34 @@ def budget(accelerator: Accelerator, **options: Any) -> dict[str, Any]:
     # From fewer bits: at eight of them slopes are nearly all noise of rounding.
     schedule = gdnsq_fx.Schedule(STEPS, start_bits=5)
     return tuned(accelerator, budget=bound, schedule=schedule, **options)
+
+
+def planned(accelerator: Accelerator, **options: Any) -> dict[str, Any]:
+    """Bits from a plan that is predicted on the first batches; ten classes, of which
+    the draws of a prediction tell four apart, so that its signs count."""
+    bound = gdnsq_fx.Budget(mean_weight_bits=3.5, act_bits=4)
+    return tuned(accelerator, prepared(classes=10), budget=bound, **options)
+
+
+def predicted(accelerator: Accelerator) -> dict[str, Any]:
+    """What that plan is made from."""
+    qmodel = prepared(classes=10)
+    group = engine_for(accelerator, shard=False).group
+    bound = gdnsq_fx.Budget(mean_weight_bits=3.5)
+    loss, schedule = gdnsq_fx.distillation_loss, gdnsq_fx.Schedule(STEPS, 1.0)
+    prediction = FirstPrediction(qmodel, bound, schedule, group, loss, None, False)
+    structure = model_facts(qmodel).inputs
+    stream = BatchStream(share_of(accelerator), structure, STEPS, resumable=True)
+    limits = prediction.limits_of_new(stream)
+    assert limits.predicted is not None
+    values = divergences_tensor(limits.predicted, list(limits.predicted)).flatten()
+    return {
+        "values": values.tolist(),
+        "targets": PlannedBits(
+            qmodel, bound, schedule, group, limits.predicted
+        ).targets,
+        "equal": _equal_everywhere(values, accelerator),
+    }
 
 
 def features(accelerator: Accelerator, **options: Any) -> dict[str, Any]:
@@ -230,6 +264,8 @@ def main() -> None:
     cases: dict[str, Callable[..., dict[str, Any]]] = {
         "fixed": fixed,
         "budget": budget,
+        "planned": planned,
+        "predicted": predicted,
         "features": features,
         "aewgs": aewgs,
         "seeds_differ": seeds_differ,

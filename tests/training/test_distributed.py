@@ -25,7 +25,7 @@ from gdnsq_fx.training.distributed import engine_for
 from gdnsq_fx.training.engine import SingleProcess
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
-COMPARED = ("plain", "fixed", "budget", "features", "loader")
+COMPARED = ("plain", "fixed", "budget", "planned", "features", "loader")
 CLOSE_STEPS = 8
 
 Cases = dict[str, dict[str, Any]]
@@ -50,7 +50,7 @@ def _run(folder: Path, processes: int, cases: list[str]) -> Cases:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """What a process on its own finds."""
-    return _run(tmp_path_factory.mktemp("one"), 1, [*COMPARED])
+    return _run(tmp_path_factory.mktemp("one"), 1, [*COMPARED, "predicted"])
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """What two find, with DDP and with FSDP2."""
     both = [*COMPARED, "bfloat16", "aewgs", "resumed", "poisoned"]
     cases = [*both, *(f"{name}-shard" for name in both), "seeds_differ", "differing"]
+    cases.append("predicted")
     return _run(tmp_path_factory.mktemp("two"), 2, cases)
 
 
@@ -89,9 +90,21 @@ def test_two_processes_take_the_steps_of_one(
 def test_four_processes_take_the_steps_of_one(
     one: Cases, tmp_path: Path, way: str
 ) -> None:
-    four = _run(tmp_path, 4, [f"plain{way}", f"budget{way}"])
+    four = _run(tmp_path, 4, [f"plain{way}", f"budget{way}", "predicted"])
     for case in ("plain", "budget"):
         _check_same_run(four[case + way], one[case])
+    _check_same_prediction(four["predicted"], one["predicted"])
+
+
+def test_two_processes_predict_what_one_does(one: Cases, two: Cases) -> None:
+    _check_same_prediction(two["predicted"], one["predicted"])
+
+
+def _check_same_prediction(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found["values"] == pytest.approx(wanted["values"], rel=1e-3)
+    assert found["targets"] == wanted["targets"]
+    assert len(set(found["targets"].values())) > 1
+    assert found["equal"]
 
 
 @pytest.mark.parametrize("way", ["", "-shard"])
