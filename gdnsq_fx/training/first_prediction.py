@@ -3,8 +3,8 @@
 Bits that start at a plan (`PlannedBits`) are as good as the predictions that it is made
 from. Where `analyze` has made none, they are made on the batches that training begins
 with, which it still sees: up to `BATCHES` of them, as many as hold `SAMPLES` samples,
-at the costs and the memory that `AnalyzeCapacity` states for its widths (about as much
-time as 35 steps on those batches). The model, the facts on its nodes and the random
+at the costs and the memory that `AnalyzeCapacity` states for its widths (the time of
+some tens of steps on them). The model, the facts on its nodes and the random
 state are as before.
 
 Of several processes, each predicts on its share. Predictions are means over samples,
