@@ -72,7 +72,7 @@ def test_what_is_shipped_is_what_was_trained(bits: int, per_channel: bool) -> No
     moved = {n for n, p in qmodel.named_parameters() if (p != parameters[n]).any()}
     assert moved == {"norm1.bias", "norm2.bias", "conv3.bias", "head.bias"}
     # A value within float rounding of a half step may still fall to the other side.
-    assert 0.0 < before and _apart(qmodel) < before / 5
+    assert before > 0.0 and _apart(qmodel) < before / 5
 
 
 def test_a_second_time_moves_nothing_but_float_rounding() -> None:
@@ -100,7 +100,7 @@ def test_layers(layer: Callable[[], nn.Module], width: int) -> None:
     qmodel = _prepared(build, weight_bits=3, act_bits=3, first_last=None)
     before = _apart(qmodel)
     run_passes(qmodel, (AlignBiases(),))
-    assert 0.0 < before and _apart(qmodel) < before / 5
+    assert before > 0.0 and _apart(qmodel) < before / 5
 
 
 class _Shared(nn.Module):
