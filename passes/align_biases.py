@@ -42,7 +42,7 @@ class AlignBiases(Pass):
     """Move the biases of a prepared model in place; its graph stays as it is.
 
     Left alone are layers that the deployable form keeps in floating point, and biases
-    that several layers read.
+    that anything else reads.
     """
 
     def requires(self, graph_module: GraphModule) -> None:
@@ -60,18 +60,17 @@ class AlignBiases(Pass):
         moved: dict[nn.Parameter, Tensor] = {}
         readers: Counter[nn.Parameter] = Counter()
         for owner in graphs_of(graph_module):
-            for node in compute_nodes(owner):
-                layer = _Layer.of(owner, node)
-                if layer is None:
-                    continue
-                readers[layer.bias] += 1
+            for node in owner.graph.nodes:
+                readers.update(_read_by(owner, node))
+            layers = (_Layer.of(owner, node) for node in compute_nodes(owner))
+            for layer in filter(None, layers):
                 found = layer.aligned()
                 if found is not None:
                     moved[layer.bias] = found
-        for parameter, value in moved.items():
-            if readers[parameter] == 1:
-                parameter.copy_(value)
-        return any(readers[parameter] == 1 for parameter in moved)
+        alone = [parameter for parameter in moved if readers[parameter] == 1]
+        for parameter in alone:
+            parameter.copy_(moved[parameter])
+        return bool(alone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +154,16 @@ class _Layer:
         if made is None or grid is None:
             return None
         return grid.scale * made.scale.double()
+
+
+def _read_by(owner: GraphModule, node: Node) -> list[nn.Parameter]:
+    """Parameters that a node hands to others, once for each, or that it calls."""
+    if node.op == "call_module":
+        return list(owner.get_submodule(str(node.target)).parameters())
+    if node.op != "get_attr":
+        return []
+    value: Any = attribute(owner, str(node.target))
+    return [value] * len(node.users) if isinstance(value, nn.Parameter) else []
 
 
 def _folded_norm(owner: GraphModule, node: Node, op: OpInfo) -> Any:

@@ -128,6 +128,7 @@ def test_what_has_nowhere_to_go_stays() -> None:
     torch.manual_seed(0)
     example = torch.randn(64, 8)
     assert _moved(_Shared(), example) == {"last.bias"}
+    assert _moved(_Shared(), example, exclude=("second",)) == {"last.bias"}
     plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     assert _moved(plain, example) == {"0.bias", "2.bias"}
     assert _moved(plain, example, exclude=("0",)) == {"2.bias"}
