@@ -72,5 +72,6 @@ def _source(graph: Any, value: Any) -> Any:
     node = value.producer()
     if node is None or node.op_type != "Identity":
         return value
+    copied = node.inputs[0]  # a node that is removed has none
     graph.remove(node, safe=True)
-    return _source(graph, node.inputs[0])
+    return _source(graph, copied)

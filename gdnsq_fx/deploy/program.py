@@ -65,6 +65,9 @@ def write_program(model: GraphModule, example: Example, path: Path) -> None:
 
 def _exported(model: GraphModule, example: Example) -> ExportedProgram:
     args, kwargs = _copied(example)
+    names = [str(n.target) for n in model.graph.find_nodes(op="placeholder")]
+    # torch takes them for what stands there in the signature.
+    kwargs = {name: kwargs[name] for name in names if name in kwargs}
     shapes = _dynamic_shapes(model, args, kwargs) if example.dynamic_batch else None
     try:
         with torch.no_grad():

@@ -3,9 +3,11 @@
     python tests/benchmarks/study_mixed.py --work DIR [--data ../shared/data]
 
 ResNet-20 on CIFAR-10, the loop of Study A (``study_short.py``): same trained network,
-batches, teacher, steps; the first and the last layer in floating point. At the weight
-bytes of uniform W2A2 (activations at most 2 bits) and at the bit operations of uniform
-W3A3:
+batches, teacher, steps. With the first and the last layer in floating point, as there,
+at the weight bytes of uniform W2A2 (activations at most 2 bits) and at the bit
+operations of uniform W3A3; with every layer quantized, as uniform bits and a budget on
+the whole network mean it, at the weight bytes of uniform W2A4 (activations at most 4
+bits) and at the bit operations of uniform W3A3:
 
 * uniform: all edges at the same bits;
 * allocate: the bits that `allocate` chose before training, fixed from then on;
@@ -25,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import torch
 from cifar_images import Augmented, load_cifar
@@ -41,9 +44,22 @@ from gdnsq_fx.demo.seeding import seeded
 RESULTS = Path(__file__).parent / "results" / "study_mixed.md"
 IDENTITY = ("budget", "method", "seed", "steps", "batch")
 SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class StudyCase(Case):
+    """A budget, and what becomes of the first and the last layer (`QuantConfig`)."""
+
+    first_last: Literal["exclude"] | None = "exclude"
+
+
 CASES = (
-    Case("weight bytes of W2A2", 2, 2, "weight_bytes", act_ceiling=2),
-    Case("BOPs of W3A3", 3, 3, "bops"),
+    StudyCase("weight bytes of W2A2", 2, 2, "weight_bytes", act_ceiling=2),
+    StudyCase("BOPs of W3A3", 3, 3, "bops"),
+    StudyCase(
+        "weight bytes of W2A4, every layer", 2, 4, "weight_bytes", 4, first_last=None
+    ),
+    StudyCase("BOPs of W3A3, every layer", 3, 3, "bops", first_last=None),
 )
 
 
@@ -64,7 +80,13 @@ class Outcome:
 
 
 def run(
-    case: Case, method: str, seed: int, steps: int, batch: int, data: Path, work: Path
+    case: StudyCase,
+    method: str,
+    seed: int,
+    steps: int,
+    batch: int,
+    data: Path,
+    work: Path,
 ) -> Outcome:
     """One method on one budget and seed, on one thread."""
     torch.set_num_threads(1)
@@ -72,7 +94,7 @@ def run(
     teacher = trained_resnet20(data)
     started = time.perf_counter()
     calibration = train.first(CALIBRATION).batches(batch)
-    qmodel, cost, budget = prepared(case, method, teacher, calibration, "exclude")
+    qmodel, cost, budget = prepared(case, method, teacher, calibration, case.first_last)
     with seeded(seed):
         result = gdnsq_fx.finetune(
             qmodel,
@@ -100,7 +122,7 @@ def run(
     )
 
 
-def planned() -> Iterator[tuple[Case, str, int]]:
+def planned() -> Iterator[tuple[StudyCase, str, int]]:
     """Every run, one seed of all first."""
     for seed in SEEDS:
         for case in CASES:
