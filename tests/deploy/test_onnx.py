@@ -74,6 +74,40 @@ def test_fused_attention_and_a_permuted_buffer(tmp_path: Path) -> None:
     ).ok
 
 
+class _TwoReaders(nn.Module):
+    """One tensor that two layers read, each with levels of its own, which are the same.
+
+    Its arguments are usually given in another order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.third = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, extra: Tensor) -> Tensor:
+        x = x.relu()
+        added = self.second(x[:, 0:]) + self.third(extra)
+        return self.first(x).mean(1, keepdim=True) + added
+
+
+def test_one_value_of_two_edges_and_arguments_in_another_order(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    batch = {"extra": torch.randn(6, 3), "x": torch.randn(6, 8)}
+    config = gdnsq_fx.QuantConfig(4, 4, first_last=None)
+    qmodel = gdnsq_fx.prepare(_TwoReaders().eval(), batch, config, [batch])
+    imodel = gdnsq_fx.convert(qmodel)
+    path = tmp_path / "model.onnx"
+    gdnsq_fx.export(imodel, path, batch)
+    found = gdnsq_fx.verify(
+        imodel, path, [batch], runtimes=["torch", "onnxruntime"], progress=False
+    )
+    assert found.ok
+    assert [len(one.edges) for one in found.runtimes] == [3, 3]
+
+
 def test_without_onnx_the_extra_is_named(
     converted_residual, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
