@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from gdnsq_fx.deploy.edges import coded_edges, with_codes
+from gdnsq_fx.deploy.onnx_constants import write_out_constants
 from gdnsq_fx.deploy.onnx_edges import name_edges
 from gdnsq_fx.deploy.onnx_storage import EXTRA, onnx_ir, pack_weights, shrink
 from gdnsq_fx.deploy.program import Example, exported
@@ -62,6 +63,7 @@ def onnx_model(model: GraphModule, example: Example) -> Any:
     required("onnx", "writing ONNX", EXTRA)
     required("onnxscript", "writing ONNX", EXTRA)
     program = exported(model, example)
+    write_out_constants(program)
     try:
         with _quiet():
             found = torch.onnx.export(
