@@ -13,6 +13,8 @@ import torch
 from torch.fx import GraphModule
 
 from gdnsq_fx.deploy.edges import coded_edges, with_codes
+from gdnsq_fx.deploy.onnx_batched_weights import rewrite_batched_weights
+from gdnsq_fx.deploy.onnx_constants import write_out_constants
 from gdnsq_fx.deploy.onnx_edges import name_edges
 from gdnsq_fx.deploy.onnx_storage import EXTRA, onnx_ir, pack_weights, shrink
 from gdnsq_fx.deploy.program import Example, exported
@@ -54,6 +56,7 @@ def write_onnx(
     notes = name_edges(written, [edge.name for edge in edges])
     if packed:
         pack_weights(written)
+    rewrite_batched_weights(written)
     save(written, path, notes=notes)
 
 
@@ -62,6 +65,7 @@ def onnx_model(model: GraphModule, example: Example) -> Any:
     required("onnx", "writing ONNX", EXTRA)
     required("onnxscript", "writing ONNX", EXTRA)
     program = exported(model, example)
+    write_out_constants(program)
     try:
         with _quiet():
             found = torch.onnx.export(

@@ -79,6 +79,7 @@ def _exported(model: GraphModule, example: Example) -> ExportedProgram:
         cause = str(error).partition(_ADVICE)[0].strip()
         raise ExportError(f"torch.export refuses the model: {cause}") from error
     _allow_other_strides(program.graph)
+    _count_in_order_of_storage(program.graph)
     return program
 
 
@@ -101,6 +102,25 @@ def _allow_other_strides(graph: Graph) -> None:
                 copied = graph.call_function(aten.clone.default, (value,), kwargs)
             copied.meta = dict(value.meta)
             node.update_arg(0, copied)
+
+
+def _count_in_order_of_storage(graph: Graph) -> None:
+    """Permute what ``as_strided`` reads to the order that it has in memory.
+
+    An exporter counts the elements of the tensor where the operation counts in memory.
+    """
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        value = node.args[0].meta["val"]
+        order = sorted(range(value.ndim), key=value.stride, reverse=True)
+        moved = value.permute(order)
+        # A part of what is in memory has no such order.
+        if value.is_contiguous() or not moved.is_contiguous():
+            continue
+        with graph.inserting_before(node):
+            permuted = graph.call_function(aten.permute.default, (node.args[0], order))
+        permuted.meta = {**node.args[0].meta, "val": moved}
+        node.update_arg(0, permuted)
 
 
 def _dynamic_shapes(

@@ -108,6 +108,33 @@ def test_one_value_of_two_edges_and_arguments_in_another_order(tmp_path: Path) -
     assert [len(one.edges) for one in found.runtimes] == [3, 3]
 
 
+class _Overlapping(nn.Module):
+    """Windows that overlap, as views of a permuted tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x).permute(1, 0, 2)
+        batch, time, channel = x.stride()
+        size, stride = (x.shape[0], 4, 3, 8), (batch, time, time, channel)
+        return self.outer(x.as_strided(size, stride))
+
+
+def test_overlapping_views_of_a_permuted_tensor(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 8)
+    qmodel = gdnsq_fx.prepare(_Overlapping().eval(), x, calibration=[x])
+    imodel = gdnsq_fx.convert(qmodel, deployable=True)
+    path = tmp_path / "model.onnx"
+    gdnsq_fx.export(imodel, path, x, dynamic_batch=False)
+    found = gdnsq_fx.verify(imodel, path, [x], runtimes=["onnxruntime"], progress=False)
+    assert found.ok, found
+
+
 def test_without_onnx_the_extra_is_named(
     converted_residual, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
