@@ -30,6 +30,12 @@ def _video(name: str = "pixel_values") -> Callable[[int], ExampleInput]:
     return lambda batch: {name: torch.randn(batch, 4, 3, 32, 32)}
 
 
+def _with_noise(batch: int) -> ExampleInput:
+    """With what says which patches are masked: else the model draws it."""
+    images = torch.randn(batch, 3, 32, 32)
+    return {"pixel_values": images, "noise": torch.rand(batch, 16)}
+
+
 _plain = partial(recipe, example=pixels(32), base=VISION)
 _clip = partial(recipe, example=_video(), base=VISION)
 _staged = partial(recipe, example=pixels(64), base=STAGES)
@@ -39,6 +45,7 @@ RECIPES: tuple[Recipe, ...] = (
     *(_plain(name) for name in _PLAIN.split()),
     _plain(
         "ViTMAEForPreTraining",
+        example=_with_noise,
         decoder_hidden_size=32,
         decoder_num_hidden_layers=1,
         decoder_num_attention_heads=4,
