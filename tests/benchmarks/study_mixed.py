@@ -123,11 +123,12 @@ def run(
 
 
 def planned() -> Iterator[tuple[StudyCase, str, int]]:
-    """Every run, one seed of all first."""
-    for seed in SEEDS:
-        for case in CASES:
-            for method in METHODS:
-                yield case, method, seed
+    """Every run; those that answer the question come first, one seed of each."""
+    for methods in (("uniform", "learned"), ("planned", "allocate")):
+        for seed in SEEDS:
+            for case in CASES:
+                for method in methods:
+                    yield case, method, seed
 
 
 def table(found: Sequence[Outcome]) -> str:
