@@ -34,7 +34,7 @@ class Images:
 
     def batches(self, size: int) -> list[Tensor]:
         """Normalized images in order, without augmentation or labels."""
-        return [normalized(chunk) for chunk in self.pixels.split(size)]
+        return [channels_last(normalized(chunk)) for chunk in self.pixels.split(size)]
 
     @torch.no_grad()
     def accuracy(self, model: torch.nn.Module, size: int = 500) -> float:
@@ -43,7 +43,8 @@ class Images:
         for pixels, labels in zip(
             self.pixels.split(size), self.labels.split(size), strict=True
         ):
-            right += int((model(normalized(pixels)).argmax(1) == labels).sum())
+            output = model(channels_last(normalized(pixels)))
+            right += int((output.argmax(1) == labels).sum())
         return 100.0 * right / len(self)
 
 
@@ -80,13 +81,18 @@ class Augmented:
         padded = F.pad(images, (PADDING,) * 4)
         which = torch.arange(count).view(-1, 1, 1)
         moved = padded[which, :, rows.unsqueeze(2), columns.unsqueeze(1)]
-        return moved.permute(0, 3, 1, 2).contiguous()
+        return channels_last(moved.permute(0, 3, 1, 2))
 
 
 def normalized(pixels: Tensor) -> Tensor:
     """Bytes [N, 3, H, W] as the networks were trained to see them."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     return (pixels.float() / 255.0 - mean) / std
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same in the layout in which a CPU convolves in three quarters of the time."""
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def load_cifar(data: Path, work: Path) -> tuple[Images, Images]:
