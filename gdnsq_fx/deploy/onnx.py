@@ -16,6 +16,7 @@ from gdnsq_fx.deploy.edges import coded_edges, with_codes
 from gdnsq_fx.deploy.onnx_batched_weights import rewrite_batched_weights
 from gdnsq_fx.deploy.onnx_constants import write_out_constants
 from gdnsq_fx.deploy.onnx_edges import name_edges
+from gdnsq_fx.deploy.onnx_outputs import copy_outputs
 from gdnsq_fx.deploy.onnx_storage import EXTRA, onnx_ir, pack_weights, shrink
 from gdnsq_fx.deploy.program import Example, exported
 from gdnsq_fx.deploy.qdq import deploy_facts
@@ -57,6 +58,7 @@ def write_onnx(
     if packed:
         pack_weights(written)
     rewrite_batched_weights(written)
+    copy_outputs(written)
     save(written, path, notes=notes)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from gdnsq_fx.deploy.qdq import calls
 
@@ -24,20 +24,40 @@ from gdnsq_fx.deploy.qdq import calls
 def write_out_constants(program: ExportedProgram) -> None:
     """Replace the dequantizations that such layers read, in place.
 
-    Those of codes that meet a value that does depend on an input stay.
+    Values that depend on an input meet those that were there: of a weight that is split
+    among layers of both kinds there are two then.
     """
-    constants = _constants(program)
-    for node in constants:
-        if not _is_dequantization(node):
-            continue
-        readers = [one for one in node.users if _is_combined(one, constants)]
-        if not readers:
-            continue
-        value = _written_out(program.graph, node)
-        for reader in readers:
-            reader.replace_input_with(node, value)
+    written: dict[Node, Node] = {}
+    for node in _constants(program):
+        if len(node.all_input_nodes) > 1 and not _is_dequantization(node):
+            for value in node.all_input_nodes:
+                node.replace_input_with(value, _plain(value, written))
+    for node in reversed(written):
         if not node.users:
             program.graph.erase_node(node)
+
+
+def _plain(value: Node, written: dict[Node, Node]) -> Node:
+    """A constant without dequantizations on the way to it from the last layer.
+
+    Args:
+        value: of the graph.
+        written: what was found before, and what is found here.
+    """
+    if value in written:
+        return written[value]
+    if _is_dequantization(value):
+        written[value] = _written_out(value)
+        return written[value]
+    if len(value.all_input_nodes) != 1:
+        return value
+    (source,) = value.all_input_nodes
+    plain = _plain(source, written)
+    if plain is source:
+        return value
+    with value.graph.inserting_after(value):
+        written[value] = value.graph.node_copy(value, lambda _: plain)
+    return written[value]
 
 
 def _constants(program: ExportedProgram) -> dict[Node, None]:
@@ -57,16 +77,9 @@ def _is_dequantization(node: Node) -> bool:
     return any(calls(node, name) for name in names)
 
 
-def _is_combined(node: Node, constants: dict[Node, None]) -> bool:
-    """Whether a value, moved and mapped, meets others that are constant as well."""
-    if node not in constants:
-        return False
-    several = len(node.all_input_nodes) > 1
-    return several or any(_is_combined(one, constants) for one in node.users)
-
-
-def _written_out(graph: Graph, node: Node) -> Node:
+def _written_out(node: Node) -> Node:
     """``(codes - zero_point) * scale``, of the precision that the node has."""
+    graph = node.graph
     aten = torch.ops.aten
     dtype = node.meta["val"].dtype
 

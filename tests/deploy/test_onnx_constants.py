@@ -26,6 +26,37 @@ class _Positions(nn.Module):
         return self.query(x) @ keys.transpose(1, 2)
 
 
+class _Split(nn.Module):
+    """A weight whose parts belong to a layer of constants and to one of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(12, 64))
+        self.both = nn.Parameter(torch.randn(128, 64) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        of_keys, of_queries = self.both.chunk(2)
+        keys = nn.functional.linear(self.positions, of_keys)
+        return nn.functional.linear(x, of_queries) @ keys.t()
+
+
+def test_a_weight_of_both_kinds_of_layers(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 64)
+    qmodel = gdnsq_fx.prepare(_Split().eval(), x, calibration=[x])
+    imodel = gdnsq_fx.convert(qmodel, deployable=True)
+    path = tmp_path / "model.onnx"
+    gdnsq_fx.export(imodel, path, x, dynamic_batch=False)
+    found = gdnsq_fx.verify(imodel, path, [x], runtimes=["onnxruntime"], progress=False)
+    assert found.ok, found
+    # The layer of the input reads its part as codes still.
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("DequantizeLinear") >= 3, kinds
+
+
 def test_layers_of_positions(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
