@@ -48,7 +48,7 @@ def blocks(tensors: Sequence[Tensor], scale: Tensor, *others: Tensor | None) -> 
     """
     first = tensors[0]
     size = BLOCK * torch.get_num_threads()
-    rows = 1 if scale.numel() == 1 else _rows(first, scale)
+    rows = memory_rows(first, scale)
     large = first.numel() > FEW * size and rows > 0
     if not large or not all(_alike(first, other) for other in tensors):
         yield tuple(tensors), (scale, *others)
@@ -87,8 +87,10 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _rows(tensor: Tensor, scale: Tensor) -> int:
+def memory_rows(tensor: Tensor, scale: Tensor) -> int:
     """How many rows of memory have a scale of their own; 0 where they are no rows."""
+    if scale.numel() == 1:
+        return 1
     leading = scale.ndim == tensor.ndim and scale.numel() == scale.shape[0]
     if not leading or scale.shape[0] != tensor.shape[0]:
         return 0

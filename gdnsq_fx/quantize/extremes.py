@@ -5,12 +5,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from gdnsq_fx.quantize import native
+from gdnsq_fx.quantize.kernels import Kernels, chosen_for_activation
 
 # Weights in a part; few rows have less than some hundred.
 PART = 192
@@ -40,11 +44,11 @@ def with_gradient(
 
 
 def extremes_of(
-    weight: Tensor, dims: Sequence[int]
+    weight: Tensor, dims: Sequence[int], kernels: Kernels = "eager"
 ) -> tuple[Tensor, Tensor, Parts | None]:
     """Least and largest weight over ``dims``; those of parts of each group, too.
 
-    Parts are None where scale groups are no rows of memory.
+    Parts are None where scale groups are no rows of memory. All kernels find the same.
     """
     dims = tuple(dims)
     rows = _rows(weight, dims)
@@ -53,7 +57,11 @@ def extremes_of(
     shape = [1 if d in dims else n for d, n in enumerate(weight.shape)]
     length = _part_length(rows.shape[1])
     cut = rows.view(len(rows), -1, length)
-    parts = Parts(cut.amin(2), cut.amax(2), length)
+    if chosen_for_activation(kernels, cut) == "native":
+        lows, highs = native.extremes(cut.view(-1, length))
+        parts = Parts(lows.view(cut.shape[:2]), highs.view(cut.shape[:2]), length)
+    else:
+        parts = Parts(cut.amin(2), cut.amax(2), length)
     return parts.lows.amin(1).view(shape), parts.highs.amax(1).view(shape), parts
 
 
@@ -92,6 +100,7 @@ class Parts:
         return (part * self.length + inside).unsqueeze(1)
 
 
+@cache
 def _part_length(length: int) -> int:
     """The largest divisor up to `PART`, or the whole where that is a small one."""
     best = max(d for d in range(1, PART + 1) if length % d == 0)

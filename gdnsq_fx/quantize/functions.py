@@ -3,7 +3,8 @@
 Forward is ``levels.py``. Both functions save only their input and the scalars; backward
 computes the levels again (and inside `recomputed_levels` those who read them do, too).
 The gradients stand in ``gradients.py``, and as plain formulas for compilers in
-``traced_gradients.py``.
+``traced_gradients.py``. Both stand in C as well, in ``native.c``; ``kernels.py`` says
+when which is taken.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from gdnsq_fx.quantize import gradients, traced_gradients
-from gdnsq_fx.quantize.kernels import Kernels, compiled, is_compiled
+from gdnsq_fx.quantize import gradients, native, traced_gradients
+from gdnsq_fx.quantize.kernels import (
+    Chosen,
+    Kernels,
+    chosen_for_activation,
+    chosen_for_weight,
+    compiled,
+)
 from gdnsq_fx.quantize.levels import activation_levels, weight_levels, wide
 from gdnsq_fx.quantize.recompute import Recipe, recipe_for
 from gdnsq_fx.spec import Estimator
@@ -39,7 +46,7 @@ def quantize_activation(
         step, range_, lower: s > 0, q > 0 and b, scalar tensors in x's units. Without
             ``lower`` b is 0, and x must be known never to be negative.
         estimator: how gradients pass the rounding.
-        kernels: what computes it, see `is_compiled`.
+        kernels: what computes it, see `chosen_for_activation`.
 
     Returns:
         A tensor of the shape and dtype of x with at most round(q/s) levels; dense x
@@ -51,11 +58,11 @@ def quantize_activation(
     second derivatives: asking for them raises a RuntimeError.
     """
     scalars = (step, range_, lower)
-    regional = is_compiled(kernels, x)
-    flat = x.view(-1) if regional and x.is_contiguous() else x  # one region for all
-    compute = compiled(activation_levels) if regional else activation_levels
-    recipe = recipe_for(compute, flat, *scalars)
-    made = _QuantizeActivation.apply(flat, *scalars, estimator, recipe, regional)
+    chosen = chosen_for_activation(kernels, x, *scalars)
+    regional = chosen == "compile" and x.is_contiguous()
+    flat = x.view(-1) if regional else x  # one region for all
+    recipe = recipe_for(_activation_levels(chosen), flat, *scalars)
+    made = _QuantizeActivation.apply(flat, *scalars, estimator, recipe, chosen)
     if recipe is not None:
         recipe.made(made)  # not a view of it, which need not live on
     return made if flat is x else made.view(x.shape)
@@ -79,22 +86,33 @@ def quantize_weight(
         estimator: how gradients pass the rounding.
         top: largest code, shaped like ``step``. Meant for codes that a rounding error
             lifts above the whole bits which the capacity stands for.
-        kernels: what computes it, see `is_compiled`.
+        kernels: what computes it, see `chosen_for_weight`.
 
     Returns:
         A tensor of the weight's shape and dtype. dy/dw is 1 times the estimator's
         factor, dy/ds its noise term summed over ``dims``; ``lower`` gets no gradient.
     """
-    regional = is_compiled(kernels, weight)
     rows, grid, dims = weight, (step, lower, top), tuple(dims)
-    if regional:
+    chosen = chosen_for_weight(kernels, weight, *grid)
+    if chosen == "compile":
         rows, *grid, dims = _in_rows(weight, *grid, dims)
-    compute = compiled(weight_levels) if regional else weight_levels
-    recipe = recipe_for(compute, rows, *grid)
-    made = _applied(rows, *grid, dims, estimator, recipe, regional)
+    recipe = recipe_for(_weight_levels(chosen), rows, *grid)
+    made = _applied(rows, *grid, dims, estimator, recipe, chosen)
     if recipe is not None:
         recipe.made(made)
     return made if rows is weight else made.view(weight.shape)
+
+
+def _activation_levels(chosen: Chosen) -> Callable[..., Tensor]:
+    if chosen == "native":
+        return native.activation_levels
+    return compiled(activation_levels) if chosen == "compile" else activation_levels
+
+
+def _weight_levels(chosen: Chosen) -> Callable[..., Tensor]:
+    if chosen == "native":
+        return native.weight_levels
+    return compiled(weight_levels) if chosen == "compile" else weight_levels
 
 
 def _applied(weight: Tensor, *rest: Any) -> Tensor:
@@ -135,14 +153,13 @@ class _QuantizeActivation(Function):
         lower: Tensor | None,
         estimator: Estimator,
         recipe: Recipe | None,
-        regional: bool,
+        chosen: Chosen,
     ) -> Tensor:
         ctx.save_for_backward(x, step, range_, lower)
         ctx.estimator = estimator
         ctx.recipe = recipe
-        ctx.regional = regional
-        compute = compiled(activation_levels) if regional else activation_levels
-        return compute(x, step, range_, lower)
+        ctx.chosen = chosen
+        return _activation_levels(chosen)(x, step, range_, lower)
 
     @staticmethod
     @once_differentiable
@@ -150,9 +167,13 @@ class _QuantizeActivation(Function):
         x, step, range_, lower = ctx.saved_tensors
         gradient, scalars = grad_outputs[0], (step, range_, lower)
         derive = _derivation(ctx, traced_gradients.activation_gradients)
+        grads = None
         if derive is not None:
             grads = derive(x, gradient, *scalars, ctx.estimator)
-        else:
+        elif _is_native(ctx):
+            into = None if ctx.recipe is None else ctx.recipe.spare()
+            grads = native.activation_gradients(x, gradient, *scalars, into)
+        if grads is None:
             value = wide(x, step)
             levels = _levels(ctx.recipe, activation_levels, x, value, *scalars)
             grads = gradients.activation_gradients(
@@ -181,15 +202,14 @@ class _QuantizeWeight(Function):
         dims: tuple[int, ...],
         estimator: Estimator,
         recipe: Recipe | None,
-        regional: bool,
+        chosen: Chosen,
     ) -> Tensor:
         ctx.save_for_backward(weight, step, lower, top)
         ctx.dims = dims
         ctx.estimator = estimator
         ctx.recipe = recipe
-        ctx.regional = regional
-        compute = compiled(weight_levels) if regional else weight_levels
-        return compute(weight, step, lower, top)
+        ctx.chosen = chosen
+        return _weight_levels(chosen)(weight, step, lower, top)
 
     @staticmethod
     @once_differentiable
@@ -197,27 +217,37 @@ class _QuantizeWeight(Function):
         weight, step, lower, top = ctx.saved_tensors
         gradient, rest = grad_outputs[0], (ctx.dims, ctx.estimator)
         derive = _derivation(ctx, traced_gradients.weight_gradients)
+        grads = None
         if derive is not None:
-            grad_weight, grad_step = derive(weight, gradient, step, lower, *rest)
-        else:
+            grads = derive(weight, gradient, step, lower, *rest)
+        elif _is_native(ctx):
+            if ctx.recipe is not None:
+                ctx.recipe.let_go()
+            grads = native.weight_gradients(weight, gradient, step, lower, top)
+        if grads is None:
             value = wide(weight, step)
             levels = _levels(ctx.recipe, weight_levels, weight, value, step, lower, top)
-            grad_weight, grad_step = gradients.weight_gradients(
+            grads = gradients.weight_gradients(
                 value, levels, wide(gradient, step), step, *rest
             )
+        grad_weight, grad_step = grads
         grad_weight = grad_weight.to(weight.dtype)
         return grad_weight, grad_step, None, None, None, None, None, None
 
 
 def _derivation(ctx: Any, formulas: Callable[..., Any]) -> Callable[..., Any] | None:
-    """What computes gradients without the levels; None for the eager kernels."""
+    """The formulas where they are compiled, None for the other kernels."""
     if torch.compiler.is_compiling():
         return formulas
-    if not ctx.regional:
+    if ctx.chosen != "compile":
         return None
     if ctx.recipe is not None:
         ctx.recipe.let_go()
     return compiled(formulas)
+
+
+def _is_native(ctx: Any) -> bool:
+    return ctx.chosen == "native" and ctx.estimator == "lsq"
 
 
 def _levels(

@@ -102,6 +102,12 @@ class Recipe:
         self.let_go()
         return value
 
+    def spare(self) -> Tensor | None:
+        """The memory of the tensor where it was made again, for whatever comes next."""
+        value = self._value
+        self.let_go()
+        return value
+
     def let_go(self) -> None:
         """Hold the tensor no longer; whoever asks again has it computed again."""
         self._value = None

@@ -147,7 +147,9 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def _look(self, weight: Tensor) -> Seen:
         """Extremes of a weight."""
-        low, high, parts = extremes_of(self.layout.grouped(weight), self.dims)
+        low, high, parts = extremes_of(
+            self.layout.grouped(weight), self.dims, self.kernels
+        )
         low, high = wide(low, self.log2_step), wide(high, self.log2_step)
         return Seen(weakref.ref(weight), weight._version, low, high, parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -85,9 +86,9 @@ def _walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Notes every walk over a weight for its extremes."""
     walks: list[int] = []
 
-    def noting(weight: torch.Tensor, dims: tuple[int, ...]) -> object:
+    def noting(weight: torch.Tensor, dims: tuple[int, ...], *rest: Any) -> object:
         walks.append(weight.numel())
-        return extremes_of(weight, dims)
+        return extremes_of(weight, dims, *rest)
 
     monkeypatch.setattr(weight_quantizer, "extremes_of", noting)
     monkeypatch.setattr(WeightQuantizer, "extremes", None)

@@ -143,7 +143,7 @@ def _prepared(estimator: Estimator = "lsq") -> Any:
 
 def test_unknown_kernels_are_refused() -> None:
     qmodel, _ = _prepared()
-    with pytest.raises(ConfigError, match="auto, eager, compile"):
+    with pytest.raises(ConfigError, match="auto, eager, native, compile"):
         gdnsq_fx.use_kernels(qmodel, "fast")  # type: ignore[arg-type]
 
 
