@@ -34,7 +34,7 @@ from cifar_images import Augmented, load_cifar
 from mixed_training import METHODS, Case, prepared
 from resnet20 import trained_resnet20
 from study_command import measure, parsed
-from study_methods import CALIBRATION, REESTIMATED
+from study_methods import CALIBRATION, REESTIMATED, Remembering
 from study_runs import mean_and_spread
 from tabulate import tabulate
 
@@ -100,7 +100,7 @@ def run(
             qmodel,
             Augmented(train, batch, seed),
             steps=steps,
-            teacher=teacher,
+            teacher=Remembering(teacher),
             budget=budget if method in ("learned", "planned") else None,
             batch_norm_batches=REESTIMATED,
             progress=False,
