@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from gdnsq_fx.quantize import native
-from gdnsq_fx.quantize.kernels import Kernels, chosen_for_activation
+from gdnsq_fx.quantize.kernels import Kernels, chosen_kernels
 
 # Weights in a part; few rows have less than some hundred.
 PART = 192
@@ -57,7 +57,7 @@ def extremes_of(
     shape = [1 if d in dims else n for d, n in enumerate(weight.shape)]
     length = _part_length(rows.shape[1])
     cut = rows.view(len(rows), -1, length)
-    if chosen_for_activation(kernels, cut) == "native":
+    if chosen_kernels(kernels, cut) == "native":
         lows, highs = native.extremes(cut.view(-1, length))
         parts = Parts(lows.view(cut.shape[:2]), highs.view(cut.shape[:2]), length)
     else:

@@ -22,8 +22,8 @@ from gdnsq_fx.quantize import gradients, native, traced_gradients
 from gdnsq_fx.quantize.kernels import (
     Chosen,
     Kernels,
-    chosen_for_activation,
-    chosen_for_weight,
+    chosen_kernels,
+    chosen_row_kernels,
     compiled,
 )
 from gdnsq_fx.quantize.levels import activation_levels, weight_levels, wide
@@ -46,7 +46,7 @@ def quantize_activation(
         step, range_, lower: s > 0, q > 0 and b, scalar tensors in x's units. Without
             ``lower`` b is 0, and x must be known never to be negative.
         estimator: how gradients pass the rounding.
-        kernels: what computes it, see `chosen_for_activation`.
+        kernels: what computes it, see `chosen_kernels`.
 
     Returns:
         A tensor of the shape and dtype of x with at most round(q/s) levels; dense x
@@ -58,7 +58,7 @@ def quantize_activation(
     second derivatives: asking for them raises a RuntimeError.
     """
     scalars = (step, range_, lower)
-    chosen = chosen_for_activation(kernels, x, *scalars)
+    chosen = chosen_kernels(kernels, x, *scalars)
     regional = chosen == "compile" and x.is_contiguous()
     flat = x.view(-1) if regional else x  # one region for all
     recipe = recipe_for(_activation_levels(chosen), flat, *scalars)
@@ -86,14 +86,14 @@ def quantize_weight(
         estimator: how gradients pass the rounding.
         top: largest code, shaped like ``step``. Meant for codes that a rounding error
             lifts above the whole bits which the capacity stands for.
-        kernels: what computes it, see `chosen_for_weight`.
+        kernels: what computes it, see `chosen_row_kernels`.
 
     Returns:
         A tensor of the weight's shape and dtype. dy/dw is 1 times the estimator's
         factor, dy/ds its noise term summed over ``dims``; ``lower`` gets no gradient.
     """
     rows, grid, dims = weight, (step, lower, top), tuple(dims)
-    chosen = chosen_for_weight(kernels, weight, *grid)
+    chosen = chosen_row_kernels(kernels, weight, *grid)
     if chosen == "compile":
         rows, *grid, dims = _in_rows(weight, *grid, dims)
     recipe = recipe_for(_weight_levels(chosen), rows, *grid)

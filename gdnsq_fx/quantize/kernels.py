@@ -37,9 +37,7 @@ def checked_kernels(kernels: str) -> None:
         )
 
 
-def chosen_for_activation(
-    kernels: Kernels, x: Tensor, *scalars: Tensor | None
-) -> Chosen:
+def chosen_kernels(kernels: Kernels, x: Tensor, *scalars: Tensor | None) -> Chosen:
     """What computes the quantizer of an activation.
 
     ``auto`` takes the kernels in C on a CPU and compiled regions on CUDA devices. Where
@@ -48,7 +46,7 @@ def chosen_for_activation(
 
     Args:
         kernels: what was asked for.
-        x: the activation.
+        x: the activation, or anything else that has one grid or none.
         scalars: step, range and lower bound, or None.
     """
     if _wants_native(kernels, x):
@@ -56,13 +54,19 @@ def chosen_for_activation(
     return _compiled_or_eager(kernels, x)
 
 
-def chosen_for_weight(
-    kernels: Kernels, weight: Tensor, *scales: Tensor | None
+def chosen_row_kernels(
+    kernels: Kernels, weight: Tensor, step: Tensor, *others: Tensor | None
 ) -> Chosen:
-    """As `chosen_for_activation`, for a weight; ``scales`` are step, lower and top."""
+    """As `chosen_kernels`, for a weight; ``others`` are lower bound and top."""
     if _wants_native(kernels, weight):
-        return "native" if native.serves_rows(weight, *scales) else "eager"
+        return "native" if native.serves_rows(weight, step, *others) else "eager"
     return _compiled_or_eager(kernels, weight)
+
+
+def chosen_scale_kernels(kernels: Kernels, *scales: Tensor) -> Chosen:
+    """As `chosen_kernels`, for numbers of scale groups, which are never compiled."""
+    wanted = _wants_native(kernels, scales[0]) and native.serves_scales(*scales)
+    return "native" if wanted else "eager"
 
 
 def _wants_native(kernels: Kernels, value: Tensor) -> bool:

@@ -1,12 +1,16 @@
 /* The two quantizers in one pass over memory each, as `native.py` calls them.
 
-   Levels are those of `levels.py` to the bit: the same operations in the same precision,
-   each rounded by itself (compile with -ffp-contract=off). Codes are clamped before they
-   are rounded, which is the same where bounds are whole. Comparisons let NaN pass.
+   Levels equal those of `levels.py`: the same operations in the same precision, each
+   rounded by itself (compile with -ffp-contract=off). Codes are clamped before they are
+   rounded, which is the same where bounds are whole. Comparisons let NaN pass.
 
    Sums run over pieces of fixed length and then over pieces, so that they depend neither
-   on the number of threads nor on how a tensor is cut among them. Without OpenMP the
-   pragmas mean nothing, and one thread does all. */
+   on the number of threads nor on how a tensor is cut among them. Without OpenMP one
+   thread does all. */
+
+#if defined(_OPENMP) && defined(__clang__)
+#error "a second LLVM runtime of OpenMP beside that of torch would end the process"
+#endif
 
 #include <math.h>
 #include <stdint.h>
@@ -25,6 +29,35 @@ static inline float code_of(float value, float step, float lower, float top)
     return nearbyintf(code);
 }
 
+static inline float snapped(float offset, float unit)
+{
+    return unit > 0.0f ? nearbyintf(offset / unit) * unit : offset;
+}
+
+/* Lowest level and largest code of grids of weights, as `WeightQuantizer` has them; a
+   lowest level is a multiple of `part` steps, or free where that is 0. */
+void gdnsq_weight_grid(const float *low, const float *high, const float *step,
+                       int64_t count, float part, float tolerance, float *lower,
+                       float *top)
+{
+    for (int64_t i = 0; i < count; i++) {
+        const float capacity = log2f((high[i] - low[i]) / step[i] + 1.0f);
+        const float whole = ceilf(capacity - tolerance);
+        lower[i] = snapped(low[i], step[i] * part);
+        top[i] = exp2f(whole < 1.0f ? 1.0f : whole) - 1.0f;
+    }
+}
+
+/* The lowest level of an activation, as `ActivationQuantizer` has it: an odd multiple of
+   half a step is moved by a sixty-fourth of one. */
+void gdnsq_activation_offset(const float *lower, const float *step, float part,
+                             float *offset)
+{
+    const float unit = *step * part, bound = snapped(*lower, unit);
+    const int is_odd = part == 0.5f && fmodf(nearbyintf(bound / unit), 2.0f) != 0.0f;
+    *offset = is_odd ? bound + *step / 64.0f : bound;
+}
+
 /* Rows of one grid each: y = step * k + lower. A null `lower` is 0, a null `top`
    bounds nothing. */
 void gdnsq_levels(const float *restrict value, float *restrict levels, int64_t rows,
@@ -38,7 +71,8 @@ void gdnsq_levels(const float *restrict value, float *restrict levels, int64_t r
         const int64_t count = shorter(PIECE, length - first);
         const float *restrict from = value + row * length + first;
         float *restrict to = levels + row * length + first;
-        const float s = step[row], high = top ? top[row] : INFINITY;
+        const float high = top ? top[row] : INFINITY;
+        const float s = isnan(high) ? high : step[row]; /* diverged: no level is right */
         if (lower) {
             const float b = lower[row];
             for (int64_t i = 0; i < count; i++)
@@ -68,7 +102,8 @@ void gdnsq_activation_gradients(const float *restrict value,
                                 const float *lower, double *sums, float *found,
                                 int threads)
 {
-    const float s = *step, b = lower ? *lower : 0.0f, low = lower ? b : -INFINITY;
+    const float s = *step + (*range - *range); /* NaN where the range is */
+    const float b = lower ? *lower : 0.0f, low = lower ? b : -INFINITY;
     const float high = lower ? b + *range - s : *range - s;
     const float top = nearbyintf(*range / s - 1.0f);
     const int64_t pieces = pieces_of(length);

@@ -1,100 +1,95 @@
-"""Kernels in C (``native.c``), compiled when the first quantizer on a CPU wants them.
+"""Kernels in C (``native.c``) for quantizers on CPUs: what they serve, and their calls.
 
 Each reads and writes a tensor once, where eager operations pass over it several times,
-and costs a call where those cost a dozen. They serve dense float32 tensors on the CPU,
-and the estimator ``lsq`` in backward; whatever else comes, and every machine without a
-C compiler, is left to the eager kernels. Levels are the same to the bit, sums for
-gradients to rounding.
-
-The library is compiled for each process in a folder of its own, in less than a second:
-nothing stays behind, and nobody else can put a file in its place.
+and costs a call where those cost a dozen. They serve float32 tensors, and the estimator
+``lsq`` in backward; whatever else comes, and any machine without a C compiler, is left
+to the eager kernels. Levels are equal to theirs, sums for gradients to rounding.
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdnsq_fx.quantize import levels as eager
 from gdnsq_fx.quantize.blocks import is_dense, is_plain, memory_rows
+from gdnsq_fx.quantize.native_library import Library, library
+from gdnsq_fx.spec import Offset
 
-logger = logging.getLogger(__name__)
-
-# Each operation rounds by itself, as in torch; nothing is assumed of NaN and infinity.
-_FLAGS = (
-    "-O3", "-std=c11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno",
-    "-fno-trapping-math",
-)  # fmt: skip
-_PARALLEL = "-fopenmp"
 # `PIECE` of native.c.
 _PIECE = 4096
-_POINTER, _COUNT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_SIGNATURES = {
-    "levels": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 3, _THREADS),
-    "activation_levels": (*[_POINTER] * 2, _COUNT, *[_POINTER] * 3, _THREADS),
-    "activation_gradients": (*[_POINTER] * 3, _COUNT, *[_POINTER] * 5, _THREADS),
-    "weight_gradients": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 5, _THREADS),
-    "extremes": (_POINTER, *[_COUNT] * 2, *[_POINTER] * 2, _THREADS),
-}
-
-
-@dataclass(frozen=True)
-class _Library:
-    """The functions of ``native.c``, and whether they use several threads."""
-
-    levels: Callable[..., None]
-    activation_levels: Callable[..., None]
-    activation_gradients: Callable[..., None]
-    weight_gradients: Callable[..., None]
-    extremes: Callable[..., None]
-    is_parallel: bool
-
-    def threads(self) -> int:
-        """As many as torch uses."""
-        return torch.get_num_threads() if self.is_parallel else 1
+# The unit of an offset in steps; free ones have none.
+_PARTS: dict[Offset, float] = {"free": 0.0, "half_step": 0.5, "integer": 1.0}
 
 
 def serves(value: Tensor, *scalars: Tensor | None) -> bool:
-    """Whether the kernels can read such a tensor, and there are any."""
-    if not _is_readable(value) or not is_dense(value):
-        return False
-    if not all(s is None or (_is_readable(s) and s.is_contiguous()) for s in scalars):
-        return False
-    if _is_watched():
-        return False
-    found = library()
-    return found is not None and (found.is_parallel or torch.get_num_threads() == 1)
+    """Whether the kernels can read a tensor with one grid, and there are any."""
+    return (
+        _is_readable(value)
+        and all(s is None or (_is_readable(s) and s.numel() == 1) for s in scalars)
+        and _is_present()
+    )
 
 
-def serves_rows(weight: Tensor, *scales: Tensor | None) -> bool:
+def serves_rows(weight: Tensor, step: Tensor, *others: Tensor | None) -> bool:
     """Whether they can read a weight with a grid for each row of memory."""
-    step = scales[0]
-    assert step is not None, "there is no grid without a step"
-    return memory_rows(weight, step) > 0 and serves(weight, *scales)
+    scales = [step, *(one for one in others if one is not None)]
+    return (
+        memory_rows(weight, step) > 0
+        and is_dense(weight)
+        and _is_readable(weight)
+        and serves_scales(*scales)
+    )
+
+
+def serves_scales(*scales: Tensor) -> bool:
+    """Whether they can read numbers of as many scale groups."""
+    count = scales[0].numel()
+    alike = all(
+        _is_readable(s) and s.is_contiguous() and s.numel() == count for s in scales
+    )
+    return alike and _is_present()
+
+
+def weight_grid(
+    low: Tensor, high: Tensor, step: Tensor, mode: Offset, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Lowest level and largest code of each scale group, where `serves_scales`.
+
+    Args:
+        low, high, step: extremes and step of each, of one shape.
+        mode: of offsets, see `gdnsq_fx.quantize.levels.snap_offset`.
+        tolerance: by how many bits a capacity may exceed whole ones.
+    """
+    lower, top = torch.empty_like(step), torch.empty_like(step)
+    _library().weight_grid(
+        *_pointers(low, high, step), step.numel(), _PARTS[mode], tolerance,
+        *_pointers(lower, top),
+    )  # fmt: skip
+    return lower, top
+
+
+def activation_offset(lower: Tensor, step: Tensor, mode: Offset) -> Tensor:
+    """The lowest level on the grid of its mode, a scalar, where `serves`."""
+    made = torch.empty_like(lower)
+    _library().activation_offset(
+        *_pointers(lower, step), _PARTS[mode], *_pointers(made)
+    )
+    return made
 
 
 def activation_levels(
     x: Tensor, step: Tensor, range_: Tensor, lower: Tensor | None
 ) -> Tensor:
-    """As `gdnsq_fx.quantize.levels.activation_levels`, of what `serves` allows."""
+    """As `gdnsq_fx.quantize.levels.activation_levels`, where `serves`."""
+    x = _dense(x)
     made = torch.empty_like(x)
-    _library().activation_levels(
-        x.data_ptr(), made.data_ptr(), x.numel(), *_pointers(step, range_, lower),
-        _library().threads(),
+    found, count = _library(), x.numel()
+    found.activation_levels(
+        *_pointers(x, made), count, *_pointers(step, range_, lower),
+        found.threads(count),
     )  # fmt: skip
     return made
 
@@ -102,11 +97,12 @@ def activation_levels(
 def weight_levels(
     weight: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
 ) -> Tensor:
-    """As `gdnsq_fx.quantize.levels.weight_levels`, of what `serves_rows` allows."""
+    """As `gdnsq_fx.quantize.levels.weight_levels`, where `serves_rows`."""
     made = torch.empty_like(weight)
-    _library().levels(
-        weight.data_ptr(), made.data_ptr(), *_rows_and_length(weight, step),
-        *_pointers(step, lower, top), _library().threads(),
+    found = _library()
+    found.levels(
+        *_pointers(weight, made), *_rows_and_length(weight, step),
+        *_pointers(step, lower, top), found.threads(weight.numel()),
     )  # fmt: skip
     return made
 
@@ -127,20 +123,21 @@ def activation_gradients(
         into: a tensor like x that the gradient of x may be written over, or None.
 
     Returns:
-        None where the gradient is not a tensor that the kernels can read.
+        None where one of the tensors is not what the kernels can read.
     """
-    gradient = _like(gradient, x)
-    if not _is_readable(gradient):
+    if not (_is_readable(x) and _is_readable(gradient)):
         return None
-    into = torch.empty_like(x) if into is None else into
-    sums = torch.empty(3 * _pieces(x.numel()), dtype=torch.float64)
-    found = torch.empty(3)
-    _library().activation_gradients(
-        x.data_ptr(), gradient.data_ptr(), into.data_ptr(), x.numel(),
-        *_pointers(step, range_, lower), sums.data_ptr(), found.data_ptr(),
-        _library().threads(),
+    x = _dense(x)
+    gradient = _like(gradient, x)
+    if into is None or into.stride() != x.stride():
+        into = torch.empty_like(x)
+    count, scratch = x.numel(), _sums(3 * _pieces(x.numel()))
+    by_scalars, library = x.new_empty(3), _library()
+    library.activation_gradients(
+        *_pointers(x, gradient, into), count, *_pointers(step, range_, lower),
+        *_pointers(scratch, by_scalars), library.threads(count),
     )  # fmt: skip
-    by_step, by_range, by_lower = found.unbind()
+    by_step, by_range, by_lower = by_scalars.unbind()
     return into, by_step, by_range, by_lower
 
 
@@ -148,100 +145,28 @@ def weight_gradients(
     weight: Tensor, gradient: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """Gradients of `quantize_weight` by ``lsq`` for weight and step; None as above."""
-    gradient = _like(gradient, weight)
-    if not _is_readable(gradient):
+    if not (_is_readable(weight) and _is_readable(gradient) and is_dense(weight)):
         return None
+    gradient = _like(gradient, weight)
     rows, length = _rows_and_length(weight, step)
-    sums = torch.empty(rows * _pieces(length), dtype=torch.float64)
-    by_step = torch.empty_like(step)
-    _library().weight_gradients(
-        weight.data_ptr(), gradient.data_ptr(), rows, length,
-        *_pointers(step, lower, top), sums.data_ptr(), by_step.data_ptr(),
-        _library().threads(),
+    by_step, scratch = torch.empty_like(step), _sums(rows * _pieces(length))
+    library = _library()
+    library.weight_gradients(
+        *_pointers(weight, gradient), rows, length, *_pointers(step, lower, top),
+        *_pointers(scratch, by_step), library.threads(weight.numel()),
     )  # fmt: skip
     return gradient, by_step
 
 
 def extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Least and largest value of each row of a contiguous matrix, ``[rows]`` each."""
-    low, high = torch.empty(2, len(rows)).unbind()
-    _library().extremes(
-        rows.data_ptr(), *rows.shape, low.data_ptr(), high.data_ptr(),
-        _library().threads(),
+    low, high = rows.new_empty(2, len(rows)).unbind()
+    found = _library()
+    found.extremes(
+        rows.data_ptr(), *rows.shape, *_pointers(low, high),
+        found.threads(rows.numel()),
     )  # fmt: skip
     return low, high
-
-
-@cache
-def library() -> _Library | None:
-    """The compiled library; None, and one line in the log, where there is none."""
-    try:
-        found = _compiled()
-        if not _agrees(found):
-            raise RuntimeError("what it compiled computes other levels")
-    # A compiler can be missing, refuse or hang, and what it wrote may not load.
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        logger.info("quantizers run eager kernels on CPUs: no C compiler (%s)", reason)
-        return None
-    return found
-
-
-def _library() -> _Library:
-    found = library()
-    assert found is not None, "whoever calls has asked `serves`"
-    return found
-
-
-def _compiled() -> _Library:
-    source = resources.files(__package__ or "").joinpath("native.c").read_bytes()
-    command = _compiler()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "native.so"
-        for extra in (("-march=native", _PARALLEL), ("-march=native",), ()):
-            done = subprocess.run(
-                [*command, *_FLAGS, *extra, "-x", "c", "-", "-o", str(path), "-lm"],
-                input=source,
-                capture_output=True,
-                timeout=60.0,
-            )
-            if done.returncode == 0:
-                return _loaded(path, parallel=_PARALLEL in extra)
-    raise RuntimeError(f"{command[0]}: {done.stderr.decode(errors='replace')}")
-
-
-def _compiler() -> list[str]:
-    """The command, ``CC`` of the environment or what is usual."""
-    asked = os.environ.get("CC")
-    if asked:
-        return shlex.split(asked)
-    for name in ("cc", "gcc", "clang"):
-        if shutil.which(name):
-            return [name]
-    raise RuntimeError("neither cc, gcc nor clang is there, and CC is not set")
-
-
-def _loaded(path: Path, *, parallel: bool) -> _Library:
-    found = ctypes.CDLL(str(path))
-    functions: dict[str, Any] = {}
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(found, f"gdnsq_{name}")
-        function.argtypes, function.restype = arguments, None
-        functions[name] = function
-    return _Library(**functions, is_parallel=parallel)
-
-
-def _agrees(found: _Library) -> bool:
-    """Whether a grid has the levels that torch gives it, halves and NaN included."""
-    x = torch.arange(-40.0, 40.0).div_(8.0)
-    x[0] = torch.nan
-    step, range_, lower = torch.tensor([0.25, 2.0, -0.75]).unbind()
-    made = torch.empty_like(x)
-    found.activation_levels(
-        x.data_ptr(), made.data_ptr(), x.numel(), *_pointers(step, range_, lower), 1
-    )
-    wanted = eager.activation_levels(x, step, range_, lower)
-    return torch.allclose(made, wanted, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _is_readable(value: Tensor) -> bool:
@@ -251,10 +176,26 @@ def _is_readable(value: Tensor) -> bool:
     return on_cpu and value.dtype == torch.float32 and value.data_ptr() != 0
 
 
-def _is_watched() -> bool:
-    """Whether tracers or counters see every operation, and would miss these."""
+def _is_present() -> bool:
+    """Whether there are kernels for as many threads as torch uses, and nobody who
+    watches every operation (tracers, counters) and would miss these."""
     inner: Any = getattr(torch, "_C")  # noqa: B009
-    return bool(inner._len_torch_dispatch_stack() or inner._is_tracing())
+    watched = inner._len_torch_dispatch_stack() or inner._len_torch_function_stack()
+    if watched or inner._is_tracing():
+        return False
+    found = library()
+    return found is not None and (found.is_parallel or torch.get_num_threads() == 1)
+
+
+def _library() -> Library:
+    found = library()
+    assert found is not None, "whoever calls has asked what is served"
+    return found
+
+
+def _dense(value: Tensor) -> Tensor:
+    """The value, copied where it has gaps (a part of a fused projection)."""
+    return value if is_dense(value) else torch.empty_like(value).copy_(value)
 
 
 def _like(gradient: Tensor, value: Tensor) -> Tensor:
@@ -271,6 +212,11 @@ def _rows_and_length(weight: Tensor, step: Tensor) -> tuple[int, int]:
 
 def _pieces(length: int) -> int:
     return -(-length // _PIECE)
+
+
+def _sums(count: int) -> Tensor:
+    """Room for the sums over pieces."""
+    return torch.empty(count, dtype=torch.float64, device="cpu")
 
 
 def _pointers(*tensors: Tensor | None) -> Sequence[int | None]:

@@ -83,8 +83,9 @@ def use_kernels(module: nn.Module, kernels: Kernels) -> None:
 
     Args:
         module: anything that contains quantizers.
-        kernels: ``eager``; ``compile``, where a compiler works; or ``auto``, compiled
-            on CUDA devices.
+        kernels: ``eager``, operations of torch; ``native``, kernels in C on CPUs, where
+            a C compiler is found; ``compile``, regions of `torch.compile`, where that
+            works; or ``auto``: ``native`` on CPUs, ``compile`` on CUDA devices.
 
     Raises:
         ConfigError: another choice.

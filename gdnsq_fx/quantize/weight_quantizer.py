@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.channels import ChannelLayout
+from gdnsq_fx.quantize import native
 from gdnsq_fx.quantize.capacity import (
     MIN_CAPACITY,
     MIN_LOG2_STEP,
@@ -18,6 +19,7 @@ from gdnsq_fx.quantize.capacity import (
 )
 from gdnsq_fx.quantize.extremes import Seen, extremes_of, with_gradient
 from gdnsq_fx.quantize.functions import quantize_weight
+from gdnsq_fx.quantize.kernels import chosen_scale_kernels
 from gdnsq_fx.quantize.levels import clamped_codes, snap_offset, wide
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantSpec
@@ -174,7 +176,10 @@ class WeightQuantizer(Quantizer):
                 low, high = seen.low, seen.high
             else:
                 low, high = self.extremes(weight)
+            mode, grids = self.offset_mode, (low, high, step)
+            if chosen_scale_kernels(self.kernels, *grids) == "native":
+                return step, *native.weight_grid(*grids, mode, CAPACITY_TOLERANCE)
             capacity = torch.log2((high - low) / step + 1.0)
             whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
-            lower = snap_offset(low, step.detach(), self.offset_mode)
+            lower = snap_offset(low, step.detach(), mode)
         return step, lower, torch.exp2(whole) - 1.0

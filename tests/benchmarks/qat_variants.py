@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 import gdnsq_fx
+from gdnsq_fx.quantize.kernels import Kernels
 from gdnsq_fx.training.constraint import Constraint
 from gdnsq_fx.training.settled_inputs import settled_inputs
 
@@ -82,6 +83,7 @@ def variants(
     made = [Variant(float_base, model, model, float_base)]
     made.append(prepared(model, x, "ours", float_base))
     made.append(prepared(model, x, "ours, with penalty", float_base, growth=0.5))
+    made.append(prepared(model, x, "ours, no C compiler", float_base, kernels="eager"))
     absent: list[str] = []
     for name, build in qat_peers.PEERS.items():
         try:
@@ -90,9 +92,6 @@ def variants(
         except qat_peers.Absent as reason:
             absent.append(f"{name} on {network.name}: {reason}")
     if compiled:
-        regional = prepared(model, x, "ours, quantizers compiled", float_base)
-        gdnsq_fx.use_kernels(regional.owner, "compile")
-        made.append(regional)
         base = "floating point, compiled"
         copied = network.build()
         made.append(Variant(base, torch.compile(copied), copied, base))
@@ -116,11 +115,17 @@ def against_floating_point(network: Network, x: Tensor) -> list[Variant]:
 
 
 def prepared(
-    model: nn.Module, x: Tensor, name: str, base: str, growth: float = 0.0
+    model: nn.Module,
+    x: Tensor,
+    name: str,
+    base: str,
+    growth: float = 0.0,
+    kernels: Kernels = "auto",
 ) -> Variant:
     """Our variant of a model."""
     config = gdnsq_fx.QuantConfig(qat_peers.BITS, qat_peers.BITS)
     qmodel = gdnsq_fx.prepare(model, x[:2], config, [x])
+    gdnsq_fx.use_kernels(qmodel, kernels)
     made = Variant(name, qmodel, qmodel, base, Constraint(qmodel), growth)
     made.training.enter_context(settled_inputs(qmodel))
     return made
