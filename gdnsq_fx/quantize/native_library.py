@@ -97,7 +97,7 @@ def library() -> Library | None:
 
 def _compiled() -> Library:
     source = resources.files(__package__ or "").joinpath("native.c").read_bytes()
-    command = _compiler()
+    command, refusal = _compiler(), ""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "native.so"
         for extra in _TIERS:
@@ -109,7 +109,8 @@ def _compiled() -> Library:
             )
             if done.returncode == 0:
                 return _loaded(path, parallel=_PARALLEL in extra)
-    raise RuntimeError(f"{command[0]}: {done.stderr.decode(errors='replace')}")
+            refusal = done.stderr.decode(errors="replace")
+    raise RuntimeError(f"{command[0]}: {refusal}")
 
 
 def _compiler() -> list[str]:
