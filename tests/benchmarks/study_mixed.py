@@ -132,25 +132,27 @@ def planned() -> Iterator[tuple[StudyCase, str, int]]:
 
 
 def table(found: Sequence[Outcome]) -> str:
-    """Markdown, one row for each budget and method."""
-    rows = []
+    """Markdown, one row for each budget and method that has run."""
+    rows, absent = [], []
     for case in CASES:
         for method in METHODS:
             runs = [o for o in found if (o.budget, o.method) == (case.name, method)]
             runs.sort(key=lambda outcome: outcome.seed)
-            rows.append((case.name, method, *_cells(runs)))
+            if runs:
+                rows.append((case.name, method, *_cells(runs)))
+            else:
+                absent.append(f"{method} at the {case.name}")
     headers = (
         "budget", "method", "accuracy %", "each seed", "budget used, at most", "bits",
         "seconds",
     )  # fmt: skip
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    shown = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return f"{shown}\n\nNot run: {', '.join(absent)}." if absent else shown
 
 
 def _cells(runs: Sequence[Outcome]) -> tuple[str, ...]:
-    if not runs:
-        return ("not run", "", "", "", "")
     return (
-        mean_and_spread([o.accuracy for o in runs]),
+        mean_and_spread([o.accuracy for o in runs], len(SEEDS)),
         " ".join(f"{o.accuracy:.2f}" for o in runs),
         f"{max(o.share for o in runs):.1%}",
         f"{min(o.least for o in runs)} to {max(o.most for o in runs)}",
