@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
-from gdnsq_fx.quantize import native
+from gdnsq_fx.quantize import native_functions
 from gdnsq_fx.quantize.activation_grid import ActivationGrid
 from gdnsq_fx.quantize.capacity import MIN_LOG2_STEP, projected_activation
 from gdnsq_fx.quantize.functions import quantize_activation
-from gdnsq_fx.quantize.kernels import chosen_kernels
+from gdnsq_fx.quantize.kernels import is_native
 from gdnsq_fx.quantize.levels import beside_midway, max_code, snap_offset
 from gdnsq_fx.quantize.quantizer import Quantizer
-from gdnsq_fx.spec import Offset, QuantSpec
+from gdnsq_fx.spec import QuantSpec
 
 # Widths for which calibration notes where the levels of an activation would lie.
 PLACED_BITS = 8
@@ -62,16 +60,22 @@ class ActivationQuantizer(Quantizer):
 
     def quantize(self, value: Tensor) -> Tensor:
         """See `quantize_activation`."""
+        lower = None if self.nonnegative else self.lower
+        parameters = self.log2_step, self.log2_range, lower
+        estimator = self.spec.estimator
+        if is_native(self.kernels, value, *parameters):
+            mode = self.offset_mode
+            return native_functions.quantize_activation(
+                value, *parameters, mode, estimator
+            )
         step = self.step
-        lower = None if self.nonnegative else self._offset(step)
+        bound = None if self.nonnegative else self._offset(step)
         return quantize_activation(
-            value, step, self.range, lower, self.spec.estimator, self.kernels
+            value, step, self.range, bound, estimator, self.kernels
         )
 
     def _offset(self, step: Tensor) -> Tensor:
         mode = self.offset_mode
-        if chosen_kernels(self.kernels, self.lower, step) == "native":
-            return _NativeOffset.apply(self.lower, step, mode)  # type: ignore[no-any-return]
         snapped = snap_offset(self.lower, step, mode)
         return beside_midway(snapped, step) if mode == "half_step" else snapped
 
@@ -155,15 +159,3 @@ class ActivationQuantizer(Quantizer):
 
     def _share(self, bits: int) -> float:
         return float(self.shares[bits - 1]) if bits <= PLACED_BITS else 1.0
-
-
-class _NativeOffset(Function):
-    """The lowest level; its gradient passes as if it were not moved."""
-
-    @staticmethod
-    def forward(ctx: Any, lower: Tensor, step: Tensor, mode: Offset) -> Tensor:
-        return native.activation_offset(lower, step, mode)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad_outputs[0], None, None

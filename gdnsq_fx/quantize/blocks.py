@@ -75,16 +75,36 @@ def _together(
     return zip(*cut, strict=False)
 
 
+Rows = tuple[int, int, int]
+"""How many runs of memory there are, how long each is, and how far apart they begin."""
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether it fills its memory, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    form = rows_of(tensor)
+    return form is not None and form[0] == 1
+
+
+def rows_of(tensor: Tensor) -> Rows | None:
+    """The memory that a tensor fills, in any order of dimensions; a part of a fused
+    projection has a row for each token. None where it is of another form."""
+    runs = [(1, 1)]  # size and stride of dimensions that make one
+    by_stride = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    for stride, size in by_stride:
+        inner, apart = runs[-1]
+        if size == 1:
+            continue
+        if stride == inner * apart:
+            runs[-1] = (inner * size, apart)
+        else:
+            runs.append((size, stride))
+    (length, _), *outer = runs
+    if not outer:
+        return 1, length, 0
+    ((count, stride),) = outer if len(outer) == 1 else [(0, 0)]
+    return (count, length, stride) if stride > length else None
 
 
 def memory_rows(tensor: Tensor, scale: Tensor) -> int:

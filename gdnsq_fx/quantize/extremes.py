@@ -14,7 +14,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from gdnsq_fx.quantize import native
-from gdnsq_fx.quantize.kernels import Kernels, chosen_kernels
 
 # Weights in a part; few rows have less than some hundred.
 PART = 192
@@ -44,25 +43,31 @@ def with_gradient(
 
 
 def extremes_of(
-    weight: Tensor, dims: Sequence[int], kernels: Kernels = "eager"
+    weight: Tensor, dims: Sequence[int]
 ) -> tuple[Tensor, Tensor, Parts | None]:
     """Least and largest weight over ``dims``; those of parts of each group, too.
 
-    Parts are None where scale groups are no rows of memory. All kernels find the same.
+    Parts are None where scale groups are no rows of memory.
     """
     dims = tuple(dims)
     rows = _rows(weight, dims)
     if rows is None:
         return weight.amin(dims, keepdim=True), weight.amax(dims, keepdim=True), None
     shape = [1 if d in dims else n for d, n in enumerate(weight.shape)]
-    length = _part_length(rows.shape[1])
+    length = part_length(rows.shape[1])
     cut = rows.view(len(rows), -1, length)
-    if chosen_kernels(kernels, cut) == "native":
-        lows, highs = native.extremes(cut.view(-1, length))
-        parts = Parts(lows.view(cut.shape[:2]), highs.view(cut.shape[:2]), length)
-    else:
-        parts = Parts(cut.amin(2), cut.amax(2), length)
+    parts = Parts(cut.amin(2), cut.amax(2), length)
     return parts.lows.amin(1).view(shape), parts.highs.amax(1).view(shape), parts
+
+
+def native_extremes_of(
+    weight: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Parts | None]:
+    """The same by kernels in C, of a weight that `native.serves_rows`."""
+    low, high, lows, highs = native.extremes(weight, step, part_length)
+    if not weight.is_contiguous():  # parts of memory, which nobody can search
+        return low, high, None
+    return low, high, Parts(lows, highs, weight.numel() // lows.numel())
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,9 @@ class Parts:
 
 
 @cache
-def _part_length(length: int) -> int:
-    """The largest divisor up to `PART`, or the whole where that is a small one."""
+def part_length(length: int) -> int:
+    """Of the parts of a row: its largest divisor up to `PART`, or itself where that is
+    a small one."""
     best = max(d for d in range(1, PART + 1) if length % d == 0)
     return best if best >= PART // 4 else length
 
@@ -127,6 +133,22 @@ class Seen:
     def is_of(self, weight: Tensor) -> bool:
         """Whether this weight has these extremes still."""
         return self.parameter() is weight and self.version == weight._version
+
+
+class Looks:
+    """What was seen of a weight; a copy of a quantizer has seen nothing.
+
+    Attributes:
+        last: what the last forward pass in training met.
+        ahead: what was seen since, for the next one.
+    """
+
+    def __init__(self) -> None:
+        self.last: Seen | None = None
+        self.ahead: Seen | None = None
+
+    def __reduce__(self) -> tuple[type[Looks], tuple[()]]:
+        return Looks, ()
 
 
 class _Extremes(Function):

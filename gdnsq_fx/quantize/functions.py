@@ -3,8 +3,8 @@
 Forward is ``levels.py``. Both functions save only their input and the scalars; backward
 computes the levels again (and inside `recomputed_levels` those who read them do, too).
 The gradients stand in ``gradients.py``, and as plain formulas for compilers in
-``traced_gradients.py``. Both stand in C as well, in ``native.c``; ``kernels.py`` says
-when which is taken.
+``traced_gradients.py``. Kernels in C have functions of their own
+(``native_functions.py``); ``kernels.py`` says when which is taken.
 """
 
 from __future__ import annotations
@@ -18,14 +18,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from gdnsq_fx.quantize import gradients, native, traced_gradients
-from gdnsq_fx.quantize.kernels import (
-    Chosen,
-    Kernels,
-    chosen_kernels,
-    chosen_row_kernels,
-    compiled,
-)
+from gdnsq_fx.quantize import gradients, traced_gradients
+from gdnsq_fx.quantize.kernels import Kernels, compiled, is_compiled
 from gdnsq_fx.quantize.levels import activation_levels, weight_levels, wide
 from gdnsq_fx.quantize.recompute import Recipe, recipe_for
 from gdnsq_fx.spec import Estimator
@@ -46,7 +40,7 @@ def quantize_activation(
         step, range_, lower: s > 0, q > 0 and b, scalar tensors in x's units. Without
             ``lower`` b is 0, and x must be known never to be negative.
         estimator: how gradients pass the rounding.
-        kernels: what computes it, see `chosen_kernels`.
+        kernels: what computes it; those in C are not chosen here.
 
     Returns:
         A tensor of the shape and dtype of x with at most round(q/s) levels; dense x
@@ -58,11 +52,10 @@ def quantize_activation(
     second derivatives: asking for them raises a RuntimeError.
     """
     scalars = (step, range_, lower)
-    chosen = chosen_kernels(kernels, x, *scalars)
-    regional = chosen == "compile" and x.is_contiguous()
-    flat = x.view(-1) if regional else x  # one region for all
-    recipe = recipe_for(_activation_levels(chosen), flat, *scalars)
-    made = _QuantizeActivation.apply(flat, *scalars, estimator, recipe, chosen)
+    regional = is_compiled(kernels, x)
+    flat = x.view(-1) if regional and x.is_contiguous() else x  # one region for all
+    recipe = recipe_for(_activation_levels(regional), flat, *scalars)
+    made = _QuantizeActivation.apply(flat, *scalars, estimator, recipe, regional)
     if recipe is not None:
         recipe.made(made)  # not a view of it, which need not live on
     return made if flat is x else made.view(x.shape)
@@ -86,33 +79,29 @@ def quantize_weight(
         estimator: how gradients pass the rounding.
         top: largest code, shaped like ``step``. Meant for codes that a rounding error
             lifts above the whole bits which the capacity stands for.
-        kernels: what computes it, see `chosen_row_kernels`.
+        kernels: what computes it; those in C are not chosen here.
 
     Returns:
         A tensor of the weight's shape and dtype. dy/dw is 1 times the estimator's
         factor, dy/ds its noise term summed over ``dims``; ``lower`` gets no gradient.
     """
     rows, grid, dims = weight, (step, lower, top), tuple(dims)
-    chosen = chosen_row_kernels(kernels, weight, *grid)
-    if chosen == "compile":
+    regional = is_compiled(kernels, weight)
+    if regional:
         rows, *grid, dims = _in_rows(weight, *grid, dims)
-    recipe = recipe_for(_weight_levels(chosen), rows, *grid)
-    made = _applied(rows, *grid, dims, estimator, recipe, chosen)
+    recipe = recipe_for(_weight_levels(regional), rows, *grid)
+    made = _applied(rows, *grid, dims, estimator, recipe, regional)
     if recipe is not None:
         recipe.made(made)
     return made if rows is weight else made.view(weight.shape)
 
 
-def _activation_levels(chosen: Chosen) -> Callable[..., Tensor]:
-    if chosen == "native":
-        return native.activation_levels
-    return compiled(activation_levels) if chosen == "compile" else activation_levels
+def _activation_levels(regional: bool) -> Callable[..., Tensor]:
+    return compiled(activation_levels) if regional else activation_levels
 
 
-def _weight_levels(chosen: Chosen) -> Callable[..., Tensor]:
-    if chosen == "native":
-        return native.weight_levels
-    return compiled(weight_levels) if chosen == "compile" else weight_levels
+def _weight_levels(regional: bool) -> Callable[..., Tensor]:
+    return compiled(weight_levels) if regional else weight_levels
 
 
 def _applied(weight: Tensor, *rest: Any) -> Tensor:
@@ -153,13 +142,13 @@ class _QuantizeActivation(Function):
         lower: Tensor | None,
         estimator: Estimator,
         recipe: Recipe | None,
-        chosen: Chosen,
+        regional: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, step, range_, lower)
         ctx.estimator = estimator
         ctx.recipe = recipe
-        ctx.chosen = chosen
-        return _activation_levels(chosen)(x, step, range_, lower)
+        ctx.regional = regional
+        return _activation_levels(regional)(x, step, range_, lower)
 
     @staticmethod
     @once_differentiable
@@ -167,13 +156,9 @@ class _QuantizeActivation(Function):
         x, step, range_, lower = ctx.saved_tensors
         gradient, scalars = grad_outputs[0], (step, range_, lower)
         derive = _derivation(ctx, traced_gradients.activation_gradients)
-        grads = None
         if derive is not None:
             grads = derive(x, gradient, *scalars, ctx.estimator)
-        elif _is_native(ctx):
-            into = None if ctx.recipe is None else ctx.recipe.spare()
-            grads = native.activation_gradients(x, gradient, *scalars, into)
-        if grads is None:
+        else:
             value = wide(x, step)
             levels = _levels(ctx.recipe, activation_levels, x, value, *scalars)
             grads = gradients.activation_gradients(
@@ -202,14 +187,14 @@ class _QuantizeWeight(Function):
         dims: tuple[int, ...],
         estimator: Estimator,
         recipe: Recipe | None,
-        chosen: Chosen,
+        regional: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight, step, lower, top)
         ctx.dims = dims
         ctx.estimator = estimator
         ctx.recipe = recipe
-        ctx.chosen = chosen
-        return _weight_levels(chosen)(weight, step, lower, top)
+        ctx.regional = regional
+        return _weight_levels(regional)(weight, step, lower, top)
 
     @staticmethod
     @once_differentiable
@@ -217,14 +202,9 @@ class _QuantizeWeight(Function):
         weight, step, lower, top = ctx.saved_tensors
         gradient, rest = grad_outputs[0], (ctx.dims, ctx.estimator)
         derive = _derivation(ctx, traced_gradients.weight_gradients)
-        grads = None
         if derive is not None:
             grads = derive(weight, gradient, step, lower, *rest)
-        elif _is_native(ctx):
-            if ctx.recipe is not None:
-                ctx.recipe.let_go()
-            grads = native.weight_gradients(weight, gradient, step, lower, top)
-        if grads is None:
+        else:
             value = wide(weight, step)
             levels = _levels(ctx.recipe, weight_levels, weight, value, step, lower, top)
             grads = gradients.weight_gradients(
@@ -239,15 +219,11 @@ def _derivation(ctx: Any, formulas: Callable[..., Any]) -> Callable[..., Any] | 
     """The formulas where they are compiled, None for the other kernels."""
     if torch.compiler.is_compiling():
         return formulas
-    if ctx.chosen != "compile":
+    if not ctx.regional:
         return None
     if ctx.recipe is not None:
         ctx.recipe.let_go()
     return compiled(formulas)
-
-
-def _is_native(ctx: Any) -> bool:
-    return ctx.chosen == "native" and ctx.estimator == "lsq"
 
 
 def _levels(

@@ -20,7 +20,6 @@ from gdnsq_fx.errors import ConfigError
 from gdnsq_fx.quantize import native
 
 Kernels = Literal["auto", "eager", "native", "compile"]
-Chosen = Literal["eager", "native", "compile"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,54 +36,37 @@ def checked_kernels(kernels: str) -> None:
         )
 
 
-def chosen_kernels(kernels: Kernels, x: Tensor, *scalars: Tensor | None) -> Chosen:
-    """What computes the quantizer of an activation.
+def is_native(kernels: Kernels, x: Tensor, *scalars: Tensor | None) -> bool:
+    """Whether kernels in C quantize an activation, or look at any tensor.
 
-    ``auto`` takes the kernels in C on a CPU and compiled regions on CUDA devices. Where
-    no compiler is found, or values come that kernels do not serve, the eager ones are
-    taken. Whoever traces symbolically hands in proxies, and records the eager ones.
+    Taken on CPUs unless others are asked for; where they do not serve, or no compiler
+    is found, the eager ones are taken. Whoever traces symbolically hands in proxies,
+    and records the eager ones.
 
     Args:
         kernels: what was asked for.
-        x: the activation, or anything else that has one grid or none.
-        scalars: step, range and lower bound, or None.
+        x: the tensor, with one grid or none.
+        scalars: the parameters of its quantizer, or None.
     """
-    if _wants_native(kernels, x):
-        return "native" if native.serves(x, *scalars) else "eager"
-    return _compiled_or_eager(kernels, x)
+    return _wants_native(kernels) and native.serves(x, *scalars)
 
 
-def chosen_row_kernels(
-    kernels: Kernels, weight: Tensor, step: Tensor, *others: Tensor | None
-) -> Chosen:
-    """As `chosen_kernels`, for a weight; ``others`` are lower bound and top."""
-    if _wants_native(kernels, weight):
-        return "native" if native.serves_rows(weight, step, *others) else "eager"
-    return _compiled_or_eager(kernels, weight)
+def is_native_rows(kernels: Kernels, weight: Tensor, step: Tensor) -> bool:
+    """As `is_native`, for a weight with a step for each scale group."""
+    return _wants_native(kernels) and native.serves_rows(weight, step)
 
 
-def chosen_scale_kernels(kernels: Kernels, *scales: Tensor) -> Chosen:
-    """As `chosen_kernels`, for numbers of scale groups, which are never compiled."""
-    wanted = _wants_native(kernels, scales[0]) and native.serves_scales(*scales)
-    return "native" if wanted else "eager"
-
-
-def _wants_native(kernels: Kernels, value: Tensor) -> bool:
-    if kernels not in ("auto", "native") or torch.compiler.is_compiling():
+def is_compiled(kernels: Kernels, value: Tensor) -> bool:
+    """Whether regions of `torch.compile` compute a quantizer, not eager kernels."""
+    if not isinstance(value, Tensor) or torch.compiler.is_compiling():  # pyright: ignore[reportUnnecessaryIsInstance]
         return False
-    is_tensor = isinstance(value, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
-    return is_tensor and value.device.type == "cpu"
-
-
-def _compiled_or_eager(kernels: Kernels, value: Tensor) -> Chosen:
-    if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return "eager"
-    if kernels in ("eager", "native") or torch.compiler.is_compiling():
-        return "eager"
     device = value.device.type
-    if kernels == "auto" and device != "cuda":
-        return "eager"
-    return "compile" if _compiler_works(device) else "eager"
+    wanted = kernels == "compile" or (kernels == "auto" and device == "cuda")
+    return wanted and _compiler_works(device)
+
+
+def _wants_native(kernels: Kernels) -> bool:
+    return kernels in ("auto", "native") and not torch.compiler.is_compiling()
 
 
 @cache

@@ -1,20 +1,23 @@
 """Kernels in C (``native.c``) for quantizers on CPUs: what they serve, and their calls.
 
 Each reads and writes a tensor once, where eager operations pass over it several times,
-and costs a call where those cost a dozen. They serve float32 tensors, and the estimator
-``lsq`` in backward; whatever else comes, and any machine without a C compiler, is left
-to the eager kernels. Levels are equal to theirs, sums for gradients to rounding.
+and costs a call where those cost a dozen. They serve float32 tensors; whatever else
+comes, and any machine without a C compiler, is left to the eager kernels. Levels are
+equal to theirs, sums for gradients (of the estimator ``lsq``) to rounding.
+
+The grid of an activation is a tensor ``[2]``, step and range, or ``[3]`` with the
+lowest level where that is not 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gdnsq_fx.quantize.blocks import is_dense, is_plain, memory_rows
+from gdnsq_fx.quantize.blocks import Rows, is_dense, memory_rows, rows_of
 from gdnsq_fx.quantize.native_library import Library, library
 from gdnsq_fx.spec import Offset
 
@@ -22,6 +25,7 @@ from gdnsq_fx.spec import Offset
 _PIECE = 4096
 # The unit of an offset in steps; free ones have none.
 _PARTS: dict[Offset, float] = {"free": 0.0, "half_step": 0.5, "integer": 1.0}
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def serves(value: Tensor, *scalars: Tensor | None) -> bool:
@@ -33,33 +37,25 @@ def serves(value: Tensor, *scalars: Tensor | None) -> bool:
     )
 
 
-def serves_rows(weight: Tensor, step: Tensor, *others: Tensor | None) -> bool:
+def serves_rows(weight: Tensor, step: Tensor) -> bool:
     """Whether they can read a weight with a grid for each row of memory."""
-    scales = [step, *(one for one in others if one is not None)]
     return (
-        memory_rows(weight, step) > 0
+        _is_readable(weight)
+        and _is_readable(step)
+        and step.is_contiguous()
+        and memory_rows(weight, step) > 0
         and is_dense(weight)
-        and _is_readable(weight)
-        and serves_scales(*scales)
+        and _is_present()
     )
-
-
-def serves_scales(*scales: Tensor) -> bool:
-    """Whether they can read numbers of as many scale groups."""
-    count = scales[0].numel()
-    alike = all(
-        _is_readable(s) and s.is_contiguous() and s.numel() == count for s in scales
-    )
-    return alike and _is_present()
 
 
 def weight_grid(
     low: Tensor, high: Tensor, step: Tensor, mode: Offset, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Lowest level and largest code of each scale group, where `serves_scales`.
+    """Lowest level and largest code of each row of a weight that they serve.
 
     Args:
-        low, high, step: extremes and step of each, of one shape.
+        low, high, step: extremes and step of each, of one shape, contiguous.
         mode: of offsets, see `gdnsq_fx.quantize.levels.snap_offset`.
         tolerance: by how many bits a capacity may exceed whole ones.
     """
@@ -71,109 +67,119 @@ def weight_grid(
     return lower, top
 
 
-def activation_offset(lower: Tensor, step: Tensor, mode: Offset) -> Tensor:
-    """The lowest level on the grid of its mode, a scalar, where `serves`."""
-    made = torch.empty_like(lower)
-    _library().activation_offset(
-        *_pointers(lower, step), _PARTS[mode], *_pointers(made)
-    )
-    return made
-
-
-def activation_levels(
-    x: Tensor, step: Tensor, range_: Tensor, lower: Tensor | None
-) -> Tensor:
-    """As `gdnsq_fx.quantize.levels.activation_levels`, where `serves`."""
-    x = _dense(x)
-    made = torch.empty_like(x)
-    found, count = _library(), x.numel()
-    found.activation_levels(
-        *_pointers(x, made), count, *_pointers(step, range_, lower),
-        found.threads(count),
-    )  # fmt: skip
-    return made
-
-
-def weight_levels(
-    weight: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
-) -> Tensor:
-    """As `gdnsq_fx.quantize.levels.weight_levels`, where `serves_rows`."""
+def weight_levels(weight: Tensor, step: Tensor, lower: Tensor, top: Tensor) -> Tensor:
+    """As `gdnsq_fx.quantize.levels.weight_levels`, of a weight that they serve."""
     made = torch.empty_like(weight)
     found = _library()
-    found.levels(
+    found.weight_levels(
         *_pointers(weight, made), *_rows_and_length(weight, step),
         *_pointers(step, lower, top), found.threads(weight.numel()),
     )  # fmt: skip
     return made
 
 
-def activation_gradients(
-    x: Tensor,
-    gradient: Tensor,
-    step: Tensor,
-    range_: Tensor,
-    lower: Tensor | None,
-    into: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Gradients of `quantize_activation` by ``lsq`` for x, step, range, lower bound.
+def weight_gradients(
+    weight: Tensor, gradient: Tensor, step: Tensor, lower: Tensor, top: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Gradients of a quantized weight by ``lsq`` for the weight and log2 of its step.
+
+    Returns:
+        None where one of the tensors is not what the kernels can read.
+    """
+    if not (_is_readable(weight) and _is_readable(gradient) and is_dense(weight)):
+        return None
+    gradient = _like(gradient, weight)
+    rows, length = _rows_and_length(weight, step)
+    by_step, scratch = torch.empty_like(step), _sums(rows * _pieces(length))
+    found = _library()
+    found.weight_gradients(
+        *_pointers(weight, gradient), rows, length, *_pointers(step, lower, top),
+        *_pointers(scratch, by_step), found.threads(weight.numel()),
+    )  # fmt: skip
+    return gradient, by_step
+
+
+def extremes(
+    weight: Tensor, step: Tensor, part_length: Callable[[int], int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Least and largest weight of each row, and of equal parts of the rows.
 
     Args:
-        x, step, range_, lower: what `activation_levels` took.
+        weight, step: that they serve, a step for each row.
+        part_length: length of a row -> length of a part of it.
+
+    Returns:
+        Two shaped like ``step``, and two ``[rows, parts]``.
+    """
+    rows, whole = _rows_and_length(weight, step)
+    length = part_length(whole)
+    low, high = torch.empty_like(step), torch.empty_like(step)
+    lows, highs = step.new_empty(2, rows, whole // length).unbind()
+    found = _library()
+    found.extremes(
+        weight.data_ptr(), rows, whole // length, length,
+        *_pointers(lows, highs, low, high), found.threads(weight.numel()),
+    )  # fmt: skip
+    return low, high, lows, highs
+
+
+def activation_grid(
+    log2_step: Tensor, log2_range: Tensor, lower: Tensor | None, mode: Offset
+) -> Tensor:
+    """The grid of an activation from scalars that they serve."""
+    grid = torch.empty(3 if lower is not None else 2, dtype=torch.float32, device="cpu")
+    _library().activation_grid(
+        *_pointers(log2_step, log2_range, lower), _PARTS[mode], grid.data_ptr()
+    )
+    return grid
+
+
+def activation_levels(x: Tensor, grid: Tensor) -> Tensor:
+    """As `gdnsq_fx.quantize.levels.activation_levels`, of a tensor that they serve."""
+    x, form = _in_rows(x)
+    made, found = torch.empty_like(x), _library()
+    found.activation_levels(
+        x.data_ptr(), made.data_ptr(), *form, grid.data_ptr(), _is_signed(grid),
+        found.threads(x.numel()),
+    )  # fmt: skip
+    return made
+
+
+def activation_gradients(
+    x: Tensor, gradient: Tensor, grid: Tensor, into: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """Gradients of a quantized activation by ``lsq`` for x, log2 of step and range, and
+    the lowest level.
+
+    Args:
+        x, grid: what `activation_levels` took.
         gradient: the one that arrives, of the shape of x.
-        into: a tensor like x that the gradient of x may be written over, or None.
+        into: what `activation_levels` made, to be written over, or None.
 
     Returns:
         None where one of the tensors is not what the kernels can read.
     """
     if not (_is_readable(x) and _is_readable(gradient)):
         return None
-    x = _dense(x)
-    gradient = _like(gradient, x)
-    if into is None or into.stride() != x.stride():
+    x, form = _in_rows(x)
+    if into is None:
         into = torch.empty_like(x)
-    count, scratch = x.numel(), _sums(3 * _pieces(x.numel()))
-    by_scalars, library = x.new_empty(3), _library()
-    library.activation_gradients(
-        *_pointers(x, gradient, into), count, *_pointers(step, range_, lower),
-        *_pointers(scratch, by_scalars), library.threads(count),
+    gradient, found = _like(gradient, into), _library()
+    scratch = _sums(3 * form[0] * _pieces(form[1]))
+    by_step, by_range = grid.new_empty(()), grid.new_empty(())
+    by_lower = grid.new_empty(()) if _is_signed(grid) else None
+    found.activation_gradients(
+        *_pointers(x, gradient, into), *form, grid.data_ptr(), _is_signed(grid),
+        *_pointers(scratch, by_step, by_range, by_lower), found.threads(x.numel()),
     )  # fmt: skip
-    by_step, by_range, by_lower = by_scalars.unbind()
     return into, by_step, by_range, by_lower
-
-
-def weight_gradients(
-    weight: Tensor, gradient: Tensor, step: Tensor, lower: Tensor, top: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """Gradients of `quantize_weight` by ``lsq`` for weight and step; None as above."""
-    if not (_is_readable(weight) and _is_readable(gradient) and is_dense(weight)):
-        return None
-    gradient = _like(gradient, weight)
-    rows, length = _rows_and_length(weight, step)
-    by_step, scratch = torch.empty_like(step), _sums(rows * _pieces(length))
-    library = _library()
-    library.weight_gradients(
-        *_pointers(weight, gradient), rows, length, *_pointers(step, lower, top),
-        *_pointers(scratch, by_step), library.threads(weight.numel()),
-    )  # fmt: skip
-    return gradient, by_step
-
-
-def extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and largest value of each row of a contiguous matrix, ``[rows]`` each."""
-    low, high = rows.new_empty(2, len(rows)).unbind()
-    found = _library()
-    found.extremes(
-        rows.data_ptr(), *rows.shape, *_pointers(low, high),
-        found.threads(rows.numel()),
-    )  # fmt: skip
-    return low, high
 
 
 def _is_readable(value: Tensor) -> bool:
     """Whether its memory holds its values, as float32; it has some."""
-    plain = is_plain(value) and value.layout is torch.strided and not value.is_neg()
-    on_cpu = plain and value.device.type == "cpu"
-    return on_cpu and value.dtype == torch.float32 and value.data_ptr() != 0
+    plain = type(value) in _PLAIN and value.is_cpu and value.dtype is torch.float32
+    in_memory = plain and value.layout is torch.strided and not value.is_neg()
+    return in_memory and value.data_ptr() != 0
 
 
 def _is_present() -> bool:
@@ -193,9 +199,19 @@ def _library() -> Library:
     return found
 
 
-def _dense(value: Tensor) -> Tensor:
-    """The value, copied where it has gaps (a part of a fused projection)."""
-    return value if is_dense(value) else torch.empty_like(value).copy_(value)
+def _is_signed(grid: Tensor) -> bool:
+    return grid.numel() == 3
+
+
+def _in_rows(value: Tensor) -> tuple[Tensor, Rows]:
+    """The value, copied where its memory has any other form, and its rows."""
+    if value.is_contiguous():
+        return value, (1, value.numel(), 0)
+    form = rows_of(value)
+    if form is None:
+        value = torch.empty_like(value).copy_(value)
+        form = (1, value.numel(), 0)
+    return value, form
 
 
 def _like(gradient: Tensor, value: Tensor) -> Tensor:

@@ -37,16 +37,20 @@ _TIERS = (("-march=native", _PARALLEL), ("-march=native", "-fopenmp-simd"), ())
 # Torch leaves smaller tensors to one thread, too.
 _ELEMENTS_OF_A_THREAD = 32768
 _POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_THREADS = ctypes.c_int
+_INTEGER = ctypes.c_int
 _SIGNATURES = {
     "weight_grid": (*[_POINTER] * 3, _COUNT, *[_NUMBER] * 2, *[_POINTER] * 2),
-    "activation_offset": (*[_POINTER] * 2, _NUMBER, _POINTER),
-    "levels": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 3, _THREADS),
-    "activation_levels": (*[_POINTER] * 2, _COUNT, *[_POINTER] * 3, _THREADS),
-    "activation_gradients": (*[_POINTER] * 3, _COUNT, *[_POINTER] * 5, _THREADS),
-    "weight_gradients": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 5, _THREADS),
-    "extremes": (_POINTER, *[_COUNT] * 2, *[_POINTER] * 2, _THREADS),
-}
+    "weight_levels": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 3, _INTEGER),
+    "weight_gradients": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 5, _INTEGER),
+    "extremes": (_POINTER, *[_COUNT] * 3, *[_POINTER] * 4, _INTEGER),
+    "activation_grid": (*[_POINTER] * 3, _NUMBER, _POINTER),
+    "activation_levels": (
+        *[_POINTER] * 2, *[_COUNT] * 3, _POINTER, *[_INTEGER] * 2,
+    ),
+    "activation_gradients": (
+        *[_POINTER] * 3, *[_COUNT] * 3, _POINTER, _INTEGER, *[_POINTER] * 4, _INTEGER,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,12 @@ class Library:
     """The functions of ``native.c``, and whether they use several threads."""
 
     weight_grid: Callable[..., None]
-    activation_offset: Callable[..., None]
-    levels: Callable[..., None]
-    activation_levels: Callable[..., None]
-    activation_gradients: Callable[..., None]
+    weight_levels: Callable[..., None]
     weight_gradients: Callable[..., None]
     extremes: Callable[..., None]
+    activation_grid: Callable[..., None]
+    activation_levels: Callable[..., None]
+    activation_gradients: Callable[..., None]
     is_parallel: bool
 
     def threads(self, elements: int) -> int:
@@ -135,13 +139,24 @@ def _loaded(path: Path, *, parallel: bool) -> Library:
 
 
 def _agrees(found: Library) -> bool:
-    """Whether a grid has the levels that torch gives it, halves and NaN included."""
+    """Whether grids and levels are those of torch, halves and NaN included."""
     as_read: Any = {"dtype": torch.float32, "device": "cpu"}
     x = torch.arange(-40.0, 40.0, **as_read).div_(8.0)
     x[0] = torch.nan
-    step, range_, lower = torch.tensor([0.25, 2.0, -0.75], **as_read).unbind()
-    made = torch.empty_like(x)
-    scalars = [one.data_ptr() for one in (step, range_, lower)]
-    found.activation_levels(x.data_ptr(), made.data_ptr(), x.numel(), *scalars, 1)
-    wanted = activation_levels(x, step, range_, lower)
-    return torch.allclose(made, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+    made, grid = torch.empty_like(x), torch.tensor([0.25, 2.0, -0.75], **as_read)
+    found.activation_levels(
+        x.data_ptr(), made.data_ptr(), 1, x.numel(), 0, grid.data_ptr(), 1, 1
+    )
+    wanted = activation_levels(x, *grid.unbind())
+    alike = torch.allclose(made, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+    return alike and all(_has_step(found, 0.37 * one) for one in range(-40, 10))
+
+
+def _has_step(found: Library, log2_step: float) -> bool:
+    """Whether a step is the float that torch has: the last bit of 2^x is up to whoever
+    wrote the function."""
+    as_read: Any = {"dtype": torch.float32, "device": "cpu"}
+    given, grid = torch.tensor(log2_step, **as_read), torch.empty(2, **as_read)
+    pointer = given.data_ptr()
+    found.activation_grid(pointer, pointer, None, 0.0, grid.data_ptr())
+    return bool(torch.equal(grid[0], torch.exp2(given)))

@@ -61,15 +61,19 @@ def recipe_for(compute: Compute, value: Tensor, *scalars: Any) -> Recipe | None:
     recorder = _RECORDER.get()
     if recorder is None or not torch.is_grad_enabled():
         return None
-    fixed = [s.detach() if isinstance(s, Tensor) else s for s in scalars]
-    kept = recorder.pack(value.detach())
-    return Recipe(lambda: compute(_Recorder.unpack(kept), *fixed), recorder)
+    fixed = [_constant(one) for one in scalars]
+    return Recipe(value, lambda given: compute(given, *fixed), recorder)
 
 
 class Recipe:
     """A quantized tensor, and how to compute it again."""
 
-    def __init__(self, compute: _Kept, recorder: _Recorder) -> None:
+    def __init__(
+        self, given: Tensor, compute: Callable[[Tensor], Tensor], recorder: _Recorder
+    ) -> None:
+        self._given = self._asked = recorder.pack(given)
+        if recorder.is_inside_others:  # hooks may hand out what they took but once
+            self._asked = recorder.pack(given)
         self._compute = compute
         self._recorder: _Recorder | None = recorder
         self._value: Tensor | None = None
@@ -89,11 +93,15 @@ class Recipe:
             return False
         return _storage(tensor) == _storage(made) and tensor._version == self._version
 
+    def given(self) -> Tensor:
+        """What it is computed from."""
+        return self._asked()
+
     def value(self) -> Tensor:
         """The tensor, made once for all readers."""
         if self._value is None:
             with torch.no_grad():
-                self._value = self._compute()
+                self._value = self._compute(self._given())
         return self._value
 
     def take(self) -> Tensor:
@@ -120,6 +128,11 @@ class _Recorder:
         self.recipes: dict[int, Recipe] = {}
         self._outer = _active_hooks()
 
+    @property
+    def is_inside_others(self) -> bool:
+        """Whether other hooks get what is kept."""
+        return self._outer is not None
+
     def pack(self, tensor: Tensor) -> _Kept:
         """What autograd keeps of a tensor."""
         recipe = self.recipes.get(_storage(tensor))
@@ -134,13 +147,13 @@ class _Recorder:
         return kept()
 
     def _whole(self, tensor: Tensor) -> _Kept:
-        if self._outer is not None:
-            pack, unpack = self._outer
-            packed = pack(tensor)
-            return lambda: unpack(packed)
         # Without its history, or a node that saves its own output would hold itself,
         # where no garbage collector sees it. Values and versions are shared.
         value, version = tensor.detach(), tensor._version
+        if self._outer is not None:
+            pack, unpack = self._outer
+            packed = pack(value)
+            return lambda: unpack(packed)
 
         def kept() -> Tensor:
             if value._version != version:
@@ -156,6 +169,11 @@ class _Recorder:
 
 
 _RECORDER: ContextVar[_Recorder | None] = ContextVar("gdnsq_fx_recorder", default=None)
+
+
+def _constant(value: Any) -> Any:
+    is_learned = isinstance(value, Tensor) and value.requires_grad
+    return value.detach() if is_learned else value
 
 
 def _storage(tensor: Tensor) -> int:

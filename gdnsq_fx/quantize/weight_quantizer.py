@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.channels import ChannelLayout
-from gdnsq_fx.quantize import native
+from gdnsq_fx.quantize import native, native_functions
 from gdnsq_fx.quantize.capacity import (
     MIN_CAPACITY,
     MIN_LOG2_STEP,
     projected_weight,
     weight_capacity,
 )
-from gdnsq_fx.quantize.extremes import Seen, extremes_of, with_gradient
+from gdnsq_fx.quantize.extremes import (
+    Looks,
+    Seen,
+    extremes_of,
+    native_extremes_of,
+    with_gradient,
+)
 from gdnsq_fx.quantize.functions import quantize_weight
-from gdnsq_fx.quantize.kernels import chosen_scale_kernels
+from gdnsq_fx.quantize.kernels import is_native_rows
 from gdnsq_fx.quantize.levels import clamped_codes, snap_offset, wide
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantSpec
@@ -43,8 +48,7 @@ class WeightQuantizer(Quantizer):
     ) -> None:
         super().__init__(edge, spec)
         self.layout = layout
-        self._seen: Seen | None = None
-        self._ahead: Seen | None = None
+        self._looks = Looks()
         self.dims = layout.reduced_dims(weight.ndim)
         shape = list(layout.grouped(weight).shape)
         for dim in self.dims:
@@ -52,10 +56,6 @@ class WeightQuantizer(Quantizer):
         self.log2_step = nn.Parameter(
             torch.full(shape, math.nan, device=weight.device, dtype=torch.float32)
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what was seen, which is of this very weight."""
-        return {**self.__dict__, "_seen": None, "_ahead": None}
 
     @property
     def within_int8(self) -> bool:
@@ -72,9 +72,10 @@ class WeightQuantizer(Quantizer):
 
     def learnable_extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The same, differentiable; those that the last forward met where it may."""
-        seen = self._seen
+        seen = self._looks.last
         if seen is None or not seen.is_of(weight):
-            seen = self._look(weight)
+            with torch.no_grad():
+                seen = self._look(weight)
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return seen.low, seen.high
         view = self.layout.grouped(weight)
@@ -86,10 +87,15 @@ class WeightQuantizer(Quantizer):
 
     def quantize(self, value: Tensor) -> Tensor:
         """See `quantize_weight`."""
+        view, estimator = self.layout.grouped(value), self.spec.estimator
+        if is_native_rows(self.kernels, view, self.log2_step):
+            grid = self._native_grid(value)
+            return native_functions.quantize_weight(
+                value, self.log2_step, grid, self.layout, estimator
+            )
         step, lower, top = self._grid(value, remember=self.training)
-        view = self.layout.grouped(value)
         quantized = quantize_weight(
-            view, step, lower, self.dims, self.spec.estimator, top, self.kernels
+            view, step, lower, self.dims, estimator, top, self.kernels
         )
         return quantized.view_as(value)
 
@@ -134,8 +140,9 @@ class WeightQuantizer(Quantizer):
 
     def forget(self) -> None:
         """Look at the weight anew, which an update may change and keep its version."""
-        self._seen = self._ahead = None
+        self._looks.last = self._looks.ahead = None
 
+    @torch.no_grad()
     def look_ahead(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`extremes`, which the next forward pass in training takes as they are.
 
@@ -143,16 +150,17 @@ class WeightQuantizer(Quantizer):
         until then must count as a modification in place (``.data`` does not).
         """
         self.forget()
-        self._ahead = seen = self._look(weight)
+        self._looks.ahead = seen = self._look(weight)
         return seen.low, seen.high
 
-    @torch.no_grad()
     def _look(self, weight: Tensor) -> Seen:
-        """Extremes of a weight."""
-        low, high, parts = extremes_of(
-            self.layout.grouped(weight), self.dims, self.kernels
-        )
-        low, high = wide(low, self.log2_step), wide(high, self.log2_step)
+        """Extremes of a weight; under `no_grad`."""
+        view, log2_step = self.layout.grouped(weight), self.log2_step
+        if is_native_rows(self.kernels, view, log2_step):
+            low, high, parts = native_extremes_of(view, log2_step)
+        else:
+            low, high, parts = extremes_of(view, self.dims)
+            low, high = wide(low, log2_step), wide(high, log2_step)
         return Seen(weakref.ref(weight), weight._version, low, high, parts)
 
     def _grid(
@@ -166,20 +174,29 @@ class WeightQuantizer(Quantizer):
         """
         step = self.step
         with torch.no_grad():
-            # Whoever traces symbolically hands in a proxy.
-            known = isinstance(weight, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
-            if remember and known and not torch.compiler.is_compiling():
-                seen, self._ahead = self._ahead, None
-                if seen is None or not seen.is_of(weight):
-                    seen = self._look(weight)
-                self._seen = seen
-                low, high = seen.low, seen.high
-            else:
-                low, high = self.extremes(weight)
-            mode, grids = self.offset_mode, (low, high, step)
-            if chosen_scale_kernels(self.kernels, *grids) == "native":
-                return step, *native.weight_grid(*grids, mode, CAPACITY_TOLERANCE)
+            low, high = self._extremes(weight, remember=remember)
             capacity = torch.log2((high - low) / step + 1.0)
             whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
-            lower = snap_offset(low, step.detach(), mode)
+            lower = snap_offset(low, step.detach(), self.offset_mode)
         return step, lower, torch.exp2(whole) - 1.0
+
+    @torch.no_grad()
+    def _native_grid(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a weight that kernels in C serve; no gradient."""
+        step = self.step
+        low, high = self._extremes(weight, remember=self.training)
+        mode, tolerance = self.offset_mode, CAPACITY_TOLERANCE
+        return step, *native.weight_grid(low, high, step, mode, tolerance)
+
+    def _extremes(self, weight: Tensor, *, remember: bool) -> tuple[Tensor, Tensor]:
+        """Extremes of a weight, for the next look at it, too; under `no_grad`."""
+        # Whoever traces symbolically hands in a proxy.
+        known = isinstance(weight, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not (remember and known) or torch.compiler.is_compiling():
+            return self.extremes(weight)
+        looks = self._looks
+        seen, looks.ahead = looks.ahead, None
+        if seen is None or not seen.is_of(weight):
+            seen = self._look(weight)
+        looks.last = seen
+        return seen.low, seen.high

@@ -41,6 +41,16 @@ def parameter_groups(
     plain = [p for p in weights if not is_sharded(p)]
     parts = [p for p in weights if is_sharded(p)]
     return [
-        *({"params": params, "lr": lr} for params in (plain, parts) if params),
-        *({"params": params, "lr": rate} for rate, params in groups.items()),
+        *(_group(params, lr) for params in (plain, parts) if params),
+        *(_group(params, rate) for rate, params in groups.items()),
     ]
+
+
+def _group(parameters: list[nn.Parameter], lr: float) -> dict[str, Any]:
+    """On a CPU `torch.optim.Adam` would run a dozen operations for each parameter, and
+    quantizers have many small ones."""
+    fused = all(
+        p.device.type == "cpu" and p.is_floating_point() and not is_sharded(p)
+        for p in parameters
+    )
+    return {"params": parameters, "lr": lr, "fused": True if fused else None}

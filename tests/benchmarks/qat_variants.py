@@ -49,7 +49,8 @@ class Variant:
     training: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.owner.parameters(), lr=1e-5)
+        parameters = self.owner.parameters()
+        self.optimizer = torch.optim.Adam(parameters, lr=1e-5, fused=True)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Forward and loss."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import gdnsq_fx.quantize.weight_quantizer as weight_quantizer
 from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.quantize.extremes import extremes_of, with_gradient
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
@@ -85,12 +83,13 @@ def _quantizer(weight: nn.Parameter) -> WeightQuantizer:
 def _walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Notes every walk over a weight for its extremes."""
     walks: list[int] = []
+    look = WeightQuantizer._look
 
-    def noting(weight: torch.Tensor, dims: tuple[int, ...], *rest: Any) -> object:
+    def noting(quantizer: WeightQuantizer, weight: torch.Tensor) -> object:
         walks.append(weight.numel())
-        return extremes_of(weight, dims, *rest)
+        return look(quantizer, weight)
 
-    monkeypatch.setattr(weight_quantizer, "extremes_of", noting)
+    monkeypatch.setattr(WeightQuantizer, "_look", noting)
     monkeypatch.setattr(WeightQuantizer, "extremes", None)
     return walks
 
@@ -127,8 +126,8 @@ def test_copies_forget_what_forward_saw() -> None:
     weight = nn.Parameter(torch.randn(4, 9))
     quantizer = _quantizer(weight)
     quantizer(weight)
-    assert quantizer.__dict__["_seen"] is not None
-    assert copy.deepcopy(quantizer).__dict__["_seen"] is None
+    assert quantizer._looks.last is not None
+    assert copy.deepcopy(quantizer)._looks.last is None
 
 
 def test_forward_after_projection_walks_over_no_weight(
@@ -154,4 +153,4 @@ def test_what_was_found_ahead_is_of_the_weight_as_it_was() -> None:
     found = quantizer(weight)
     assert torch.equal(found, copy.deepcopy(quantizer)(weight))
     quantizer.look_ahead(weight)
-    assert copy.deepcopy(quantizer).__dict__["_ahead"] is None
+    assert copy.deepcopy(quantizer)._looks.ahead is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -20,21 +21,18 @@ import gdnsq_fx
 from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.quantize import levels, native, native_library, traced_gradients
 from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
-from gdnsq_fx.quantize.extremes import extremes_of
-from gdnsq_fx.quantize.functions import quantize_activation, quantize_weight
-from gdnsq_fx.quantize.kernels import (
-    chosen_kernels,
-    chosen_row_kernels,
-    chosen_scale_kernels,
-)
+from gdnsq_fx.quantize.extremes import extremes_of, native_extremes_of
+from gdnsq_fx.quantize.kernels import Kernels, is_native, is_native_rows
+from gdnsq_fx.quantize.native_functions import quantize_activation, quantize_weight
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
-from gdnsq_fx.spec import Offset, QuantSpec
+from gdnsq_fx.spec import Estimator, Offset, QuantSpec
 
 needs_compiler = pytest.mark.skipif(
     native_library.library() is None, reason="needs a C compiler"
 )
 # Around the length of a piece, and of a vector register.
 LENGTHS = st.sampled_from([1, 7, 33, 4095, 4096, 4097, 9000])
+ESTIMATORS = st.sampled_from(get_args(Estimator))
 SPECIAL = [0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-42, 3e38, -3e38]
 
 
@@ -46,9 +44,21 @@ def _values(length: int, seed: int, *, special: bool = False) -> Tensor:
     return values
 
 
-def _scalars(bits: int, lower: float | None) -> list[Tensor | None]:
-    step = torch.tensor(0.37)
-    return [step, step * 2**bits, None if lower is None else torch.tensor(lower)]
+def _parameters(bits: int, lower: float | None) -> list[Tensor | None]:
+    """Log2 of step and range, lowest level."""
+    log2_step = torch.tensor(-1.43)
+    return [log2_step, log2_step + bits, None if lower is None else torch.tensor(lower)]
+
+
+def _grid(parameters: Any) -> Tensor:
+    """Step and range, and the lowest level where there is one."""
+    log2_step, log2_range, lower = parameters
+    grid = [torch.exp2(log2_step), torch.exp2(log2_range), lower]
+    return torch.stack([one for one in grid if one is not None])
+
+
+def _quantized(x: Tensor, *parameters: Any) -> Tensor:
+    return quantize_activation(x, *parameters, "free", "lsq")
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -63,10 +73,12 @@ def test_levels_of_activations_are_the_same(
     length: int, seed: int, bits: int, signed: bool
 ) -> None:
     x = _values(length, seed, special=True)
-    scalars: Any = _scalars(bits, -0.61 if signed else None)
-    assert chosen_kernels("auto", x, *scalars) == "native"
-    found = native.activation_levels(x, *scalars)
-    assert _same(found, levels.activation_levels(x, *scalars))
+    parameters = _parameters(bits, -0.61 if signed else None)
+    assert is_native("auto", x, *parameters)
+    grid = native.activation_grid(*parameters, "free")  # type: ignore[arg-type]
+    assert torch.equal(grid, _grid(parameters))
+    found, lower = native.activation_levels(x, grid), parameters[2]
+    assert _same(found, levels.activation_levels(x, *grid[:2].unbind(), lower))
 
 
 @needs_compiler
@@ -77,48 +89,57 @@ def test_levels_of_weights_are_the_same(
 ) -> None:
     weight = _values(rows * length, seed, special=True).view(rows, length)
     step = torch.linspace(0.1, 0.9, rows).view(rows, 1)
-    top = torch.full_like(step, 3.0) if bounded else None
+    top = torch.full_like(step, 3.0 if bounded else torch.inf)
     grid = step, weight.nan_to_num(0.0, 9.0, -9.0).amin(1, keepdim=True), top
-    assert chosen_row_kernels("auto", weight, *grid) == "native"
+    assert is_native_rows("auto", weight, step)
     assert _same(
         native.weight_levels(weight, *grid), levels.weight_levels(weight, *grid)
     )
 
 
 @needs_compiler
-@given(LENGTHS, st.integers(0, 2**31), st.integers(1, 6), st.booleans())
-@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(0, 2**31), st.integers(1, 6), st.booleans(), ESTIMATORS)
+@settings(max_examples=150, deadline=None)
 def test_gradients_of_activations_are_the_formulas(
-    length: int, seed: int, bits: int, signed: bool
+    length: int, seed: int, bits: int, signed: bool, estimator: Estimator
 ) -> None:
     x, gradient = _values(2 * length, seed).view(2, length)
     x = x if signed else x.abs()
-    scalars: Any = _scalars(bits, -0.61 if signed else None)
-    leaves = [t if t is None else t.clone().requires_grad_() for t in (x, *scalars)]
+    parameters = _parameters(bits, -0.61 if signed else None)
+    leaves: Any = [t if t is None else t.clone() for t in (x, *parameters)]
+    learned = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
     with gdnsq_fx.recomputed_levels():
-        made: Any = quantize_activation(*leaves, "lsq", "native")  # type: ignore[arg-type]
-    learned = [leaf for leaf in leaves if leaf is not None]
+        made = quantize_activation(*leaves, "free", estimator)
+    torch.manual_seed(seed)
     found = torch.autograd.grad(made, learned, gradient)
-    wanted = traced_gradients.activation_gradients(x, gradient, *scalars, "lsq")
-    _assert_close(found, wanted[: len(found)], length)
+    step, range_, *_ = _grid(parameters).unbind()
+    torch.manual_seed(seed)
+    by_x, by_step, by_range, by_lower = traced_gradients.activation_gradients(
+        x, gradient, step, range_, parameters[2], estimator
+    )
+    by_logs = by_step * step * math.log(2.0), by_range * range_ * math.log(2.0)
+    _assert_close(found, (by_x, *by_logs, by_lower)[: len(found)], length)
 
 
 @needs_compiler
-@given(LENGTHS, st.integers(1, 5), st.integers(0, 2**31))
-@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 5), st.integers(0, 2**31), ESTIMATORS)
+@settings(max_examples=150, deadline=None)
 def test_gradients_of_weights_are_the_formulas(
-    length: int, rows: int, seed: int
+    length: int, rows: int, seed: int, estimator: Estimator
 ) -> None:
     weight, gradient = _values(2 * rows * length, seed).view(2, rows, length)
-    step = torch.linspace(0.1, 0.9, rows).view(rows, 1).requires_grad_()
-    lower = weight.amin(1, keepdim=True)
+    log2_step = torch.linspace(-3.0, -0.1, rows).view(rows, 1).requires_grad_()
+    step, lower = torch.exp2(log2_step).detach(), weight.amin(1, keepdim=True)
+    grid = step, lower, torch.full_like(step, torch.inf)
     leaf = weight.clone().requires_grad_()
-    made = quantize_weight(leaf, step, lower, (1,), "lsq", None, "native")
-    found = torch.autograd.grad(made, (leaf, step), gradient)
-    wanted = traced_gradients.weight_gradients(
-        weight, gradient, step.detach(), lower, (1,), "lsq"
+    made = quantize_weight(leaf, log2_step, grid, ChannelLayout(axis=0), estimator)
+    torch.manual_seed(seed)
+    found = torch.autograd.grad(made, (leaf, log2_step), gradient)
+    torch.manual_seed(seed)
+    by_weight, by_step = traced_gradients.weight_gradients(
+        weight, gradient, step, lower, (1,), estimator
     )
-    _assert_close(found, wanted, length)
+    _assert_close(found, (by_weight, by_step * step * math.log(2.0)), length)
 
 
 def _assert_close(found: Any, wanted: Any, length: int) -> None:
@@ -147,20 +168,19 @@ def test_grids_are_the_same(
         activation.lower.fill_(low)
         activation.log2_step.fill_(step).log2_()
         weight.log2_step.fill_(step).log2_()
-    found = []
-    for kernels in ("native", "eager"):
-        activation.kernels = weight.kernels = kernels  # type: ignore[assignment]
-        offset_found = activation.offset
-        (slope,) = torch.autograd.grad(offset_found, activation.lower)
-        found.append([offset_found, slope, *weight._grid(values)])
-    assert all(map(torch.equal, *found))
+    parameters = activation.log2_step, activation.log2_range, activation.lower
+    mode = activation.offset_mode
+    found = native.activation_grid(*parameters, mode)
+    wanted = [activation.step, activation.range, activation.offset]
+    assert _same(found, torch.stack(wanted).detach())  # the range was never set
+    assert all(map(torch.equal, weight._native_grid(values), weight._grid(values)))
 
 
 @needs_compiler
 def test_infinite_inputs_are_clamped() -> None:
     x = torch.tensor([0.3, torch.inf, -torch.inf], requires_grad=True)
-    leaves = [x, torch.tensor(0.1, requires_grad=True), torch.tensor(1.6)]
-    made = quantize_activation(*leaves, torch.tensor(-0.5), "lsq", "native")
+    leaves = [x, torch.tensor(-3.3, requires_grad=True), torch.tensor(0.7)]
+    made = _quantized(*leaves, torch.tensor(-0.5))
     by_x, by_step = torch.autograd.grad(made.sum(), leaves[:2])
     assert by_x.tolist() == [1.0, 0.0, 0.0]
     assert by_step.isfinite()
@@ -169,11 +189,11 @@ def test_infinite_inputs_are_clamped() -> None:
 @needs_compiler
 def test_layouts_are_kept_and_a_gradient_of_another_is_taken() -> None:
     plain = torch.randn(2, 3, 4, 5)
-    scalars: Any = _scalars(3, -0.61)
+    parameters = _parameters(3, -0.61)
     wanted = []
     for x in (plain, plain.to(memory_format=torch.channels_last)):
         leaf = x.clone().requires_grad_()
-        made = quantize_activation(leaf, *scalars, "lsq", "native")
+        made = _quantized(leaf, *parameters)
         assert made.stride() == x.stride()
         gradient = torch.arange(120.0).view(2, 3, 4, 5)
         wanted.append((made, *torch.autograd.grad(made, leaf, gradient)))
@@ -182,17 +202,23 @@ def test_layouts_are_kept_and_a_gradient_of_another_is_taken() -> None:
 
 
 @needs_compiler
-def test_parts_of_a_tensor_and_repeated_values_are_copied() -> None:
-    scalars: Any = _scalars(3, -0.61)
-    whole = torch.randn(4, 5, 6)
-    for x in (whole[:, 1:3], whole.unbind(1)[2].t(), whole[:1].expand(3, 5, 6)):
-        found = []
-        for kernels in ("native", "eager"):
+def test_parts_of_a_tensor_and_repeated_values_are_read() -> None:
+    quantizer = ActivationQuantizer("x", QuantSpec(3, "lsq"), nonnegative=False)
+    quantizer.cover(-0.61, 2.2, 3.0)
+    whole, fused = torch.randn(4, 5, 6), torch.randn(2, 5, 3, 4, 6)
+    heads = fused.permute(2, 0, 3, 1, 4)[1]  # rows of 24, 72 apart
+    parts = whole[:, 1:3], whole[..., :2], whole.unbind(1)[2].t(), whole.unbind(2)[1]
+    for x in (heads, *parts, whole[:1].expand(3, 5, 6)):
+        found: list[Any] = []
+        for kernels in get_args(Kernels)[1:3]:
+            quantizer.kernels = kernels
             leaf = x.detach().requires_grad_()
-            made = quantize_activation(leaf, *scalars, "lsq", kernels)  # type: ignore[arg-type]
+            made = quantizer(leaf)
             gradient = torch.arange(float(x.numel())).view(x.shape)
-            found.append((made, *torch.autograd.grad(made, leaf, gradient)))
-        assert all(map(torch.equal, *found))
+            learned = (leaf, *quantizer.parameters())
+            found.append((made, *torch.autograd.grad(made, learned, gradient)))
+        assert torch.equal(found[0][0], found[1][0])
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4)
 
 
 @needs_compiler
@@ -200,21 +226,20 @@ def test_channels_that_are_no_rows_of_memory_are_left_to_torch() -> None:
     weight = torch.randn(3, 4, 5)
     second = torch.full((1, 4, 1), 0.2)
     first = torch.full((3, 1, 1), 0.2)
-    assert chosen_row_kernels("native", weight, first, first, None) == "native"
-    assert chosen_row_kernels("native", weight, second, second, None) == "eager"
+    assert is_native_rows("native", weight, first)
+    assert not is_native_rows("native", weight, second)
 
 
 @needs_compiler
 def test_what_the_kernels_cannot_read_is_left_to_torch() -> None:
-    scalars: Any = _scalars(3, None)
+    parameters = _parameters(3, None)
     x = torch.rand(4, 6)
-    for other in (x.half(), x.double(), torch.empty(0), x.to("meta")):
-        assert chosen_kernels("native", other, *scalars) == "eager"
     imaginary = torch.complex(x, x).conj().imag  # a sign that memory does not show
-    assert chosen_kernels("native", imaginary, *scalars) == "eager"
-    wide = [None if s is None else s.double() for s in scalars]
-    assert chosen_kernels("native", x, *wide) == "eager"
-    assert chosen_kernels("eager", x, *scalars) == "eager"
+    for other in (x.half(), x.double(), torch.empty(0), x.to("meta"), imaginary):
+        assert not is_native("native", other, *parameters)
+    wide = [None if s is None else s.double() for s in parameters]
+    assert not is_native("native", x, *wide)
+    assert not is_native("eager", x, *parameters)
 
 
 class _Noting(TorchDispatchMode):
@@ -233,32 +258,27 @@ class _Noting(TorchDispatchMode):
 
 @needs_compiler
 def test_who_watches_operations_sees_those_of_torch() -> None:
-    scalars: Any = _scalars(3, -0.61)
-
-    def quantized(x: Tensor) -> Tensor:
-        return quantize_activation(x, *scalars, "lsq", "native")
-
+    quantizer = ActivationQuantizer("x", QuantSpec(3, "lsq"), nonnegative=False)
+    quantizer.cover(-0.61, 2.2, 3.0)
     x, other = torch.randn(2, 5, 7)
-    traced = torch.jit.trace(quantized, x, check_trace=False)
-    assert torch.equal(traced(other), quantized(other))
+    traced = torch.jit.trace(quantizer, x, check_trace=False)
+    assert torch.equal(traced(other), quantizer(other))
     with _Noting() as noting:
-        quantized(x)
+        quantizer(x)
     assert "div" in noting.names or "div_" in noting.names
 
 
 @needs_compiler
 def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     x = _values(50_000, 3).requires_grad_()
-    step = torch.tensor(0.37, requires_grad=True)
+    log2_step = torch.tensor(-1.43, requires_grad=True)
     gradient = _values(50_000, 4)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            made = quantize_activation(
-                x, step, step * 8, torch.tensor(-0.61), "lsq", "native"
-            )
-            found.append((made, *torch.autograd.grad(made, (x, step), gradient)))
+            made = _quantized(x, log2_step, torch.tensor(1.57), torch.tensor(-0.61))
+            found.append((made, *torch.autograd.grad(made, (x, log2_step), gradient)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -266,11 +286,12 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("shape", [(3, 5), (4, 2, 9, 9), (2, 6000)])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 9, 9), (3, 6000)])
 def test_extremes_are_those_of_torch(shape: tuple[int, ...]) -> None:
     weight, dims = torch.randn(shape), tuple(range(1, len(shape)))
     weight[1].view(-1)[0] = torch.nan
-    found, wanted = (extremes_of(weight, dims, one) for one in ("native", "eager"))
+    found = native_extremes_of(weight, weight.new_ones([3, 1, 1, 1][: weight.ndim]))
+    wanted = extremes_of(weight, dims)
     for one, other in zip(found[:2], wanted[:2], strict=True):
         assert one.shape == other.shape
         assert _same(one, other)
@@ -301,18 +322,19 @@ def test_a_step_of_a_model_is_that_of_eager_kernels() -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_another_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
-    x, step = torch.randn(5000, requires_grad=True), torch.tensor(0.37).requires_grad_()
-    scalars = step, torch.tensor(2.96), torch.tensor(-0.61)
-    gradient, weight = torch.randn(5000), torch.randn(3, 5)
+    x, gradient = torch.randn(5000, requires_grad=True), torch.randn(5000)
+    log2_step = torch.tensor(-1.43, requires_grad=True)
+    parameters = log2_step, torch.tensor(1.57), torch.tensor(-0.61)
+    weight, step = torch.randn(3, 5), torch.ones(3, 1)
     found = []
     before = torch.get_default_dtype()
     try:
         for default in (before, dtype):
             torch.set_default_dtype(default)
             native_library.library.cache_clear()
-            made = quantize_activation(x, *scalars, "lsq", "native")
-            grads = torch.autograd.grad(made, (x, step), gradient)
-            found.append((made, *grads, *extremes_of(weight, (1,), "native")[:2]))
+            made = _quantized(x, *parameters)
+            grads = torch.autograd.grad(made, (x, log2_step), gradient)
+            found.append((made, *grads, *native_extremes_of(weight, step)[:2]))
             assert native_library.library() is not None
     finally:
         torch.set_default_dtype(before)
@@ -322,20 +344,16 @@ def test_another_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
 @needs_compiler
 def test_a_range_that_is_no_number_leaves_no_level() -> None:
     x, nan = torch.rand(9), torch.tensor(torch.nan)
-    for scalars in ((torch.tensor(0.3), nan), (nan, torch.tensor(2.0))):
+    for logs in ((torch.tensor(-1.7), nan), (nan, torch.tensor(1.0))):
         for lower in (None, torch.tensor(-0.6)):
-            found = native.activation_levels(x, *scalars, lower)
-            assert found.isnan().all()
+            assert _quantized(x, *logs, lower).isnan().all()
 
 
 @needs_compiler
 def test_scales_of_other_sizes_are_left_to_torch() -> None:
     weight, step = torch.randn(4, 6), torch.full((4, 1), 0.2)
-    one = torch.zeros(1, 1)
-    assert chosen_row_kernels("native", weight, step, one, None) == "eager"
-    assert chosen_kernels("native", weight, step, step, None) == "eager"
-    crossed = torch.randn(3, 2).t()
-    assert chosen_scale_kernels("native", crossed, crossed) == "eager"
+    assert not is_native("native", weight, step, step, None)
+    assert not is_native_rows("native", weight, torch.ones(8, 1)[::2])
 
 
 @needs_compiler
@@ -346,10 +364,10 @@ def test_a_forked_process_quantizes_too() -> None:
 import os, torch
 from gdnsq_fx.quantize.native import activation_levels
 torch.set_num_threads(2)
-scalars = torch.tensor(0.1), torch.tensor(1.6), None
-activation_levels(torch.rand(10), *scalars)
+grid = torch.tensor([0.1, 1.6])
+activation_levels(torch.rand(10), grid)
 child = os.fork()
-activation_levels(torch.rand(10), *scalars)
+activation_levels(torch.rand(10), grid)
 if child:
     raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -372,20 +390,21 @@ def test_without_a_compiler_eager_kernels_and_one_line_of_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str
 ) -> None:
     monkeypatch.setenv("CC", command)
-    x, scalars = torch.rand(5), _scalars(3, None)
+    x, parameters = torch.rand(5), _parameters(3, None)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            assert chosen_kernels("auto", x, *scalars) == "eager"
+            assert not is_native("auto", x, *parameters)
     (record,) = caplog.records
     assert "eager kernels" in record.getMessage()
 
 
 @needs_compiler
 @pytest.mark.usefixtures("asked_again")
+@pytest.mark.parametrize("other", ["-Dnearbyintf=floorf", "-Dexp2f=expf"])
 def test_a_compiler_that_computes_otherwise_is_not_taken(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, other: str
 ) -> None:
-    flags = (*native_library._FLAGS, "-Dnearbyintf=floorf")
+    flags = (*native_library._FLAGS, other)
     monkeypatch.setattr(native_library, "_FLAGS", flags)
     with caplog.at_level(logging.INFO):
         assert native_library.library() is None

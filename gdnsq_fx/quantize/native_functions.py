@@ -1,0 +1,195 @@
+"""The two quantizers as differentiable functions of their parameters, by kernels in C.
+
+They compute what the quantizers compose of `torch.exp2`, offsets and ``functions.py``.
+That takes a dozen nodes of autograd for each quantizer, which cost more than the values
+of a small layer do; here it is one node and three calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from gdnsq_fx.channels import ChannelLayout
+from gdnsq_fx.quantize import gradients, native
+from gdnsq_fx.quantize.recompute import Recipe, recipe_for
+from gdnsq_fx.spec import Estimator, Offset
+
+
+def quantize_activation(
+    x: Tensor,
+    log2_step: Tensor,
+    log2_range: Tensor,
+    lower: Tensor | None,
+    offset: Offset,
+    estimator: Estimator,
+) -> Tensor:
+    """Fake-quantize an activation that `native.serves`.
+
+    Args:
+        x: any shape, float32.
+        log2_step, log2_range: log2 of s and q, scalars.
+        lower: lowest level b before it is moved to the grid of its mode, a scalar
+            through which gradients pass as if it were not moved; None: 0.
+        offset: that mode.
+        estimator: how gradients pass the rounding.
+
+    Returns:
+        What `gdnsq_fx.quantize.functions.quantize_activation` does.
+    """
+    grid = native.activation_grid(log2_step, log2_range, lower, offset)
+    recipe = recipe_for(native.activation_levels, x, grid)
+    made = _Activation.apply(x, log2_step, log2_range, lower, grid, estimator, recipe)
+    if recipe is not None:
+        recipe.made(made)
+    return made  # type: ignore[no-any-return]
+
+
+def quantize_weight(
+    weight: Tensor,
+    log2_step: Tensor,
+    grid: tuple[Tensor, Tensor, Tensor],
+    layout: ChannelLayout,
+    estimator: Estimator,
+) -> Tensor:
+    """Fake-quantize a weight that `native.serves_rows`.
+
+    Args:
+        weight: any shape, float32.
+        log2_step: log2 of the step of each scale group, which gradients reach.
+        grid: its step, lowest level and largest code, of one shape.
+        layout: which weights share a scale.
+        estimator: how gradients pass the rounding.
+
+    Returns:
+        What `gdnsq_fx.quantize.functions.quantize_weight` does.
+    """
+    recipe = recipe_for(native.weight_levels, weight, *grid)
+    made = _Weight.apply(weight, log2_step, grid, layout, estimator, recipe)
+    if recipe is not None:
+        recipe.made(made)
+    return made  # type: ignore[no-any-return]
+
+
+class _Activation(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        log2_step: Tensor,
+        log2_range: Tensor,
+        lower: Tensor | None,
+        grid: Tensor,
+        estimator: Estimator,
+        recipe: Recipe | None,
+    ) -> Tensor:
+        _keep(ctx, x, recipe)
+        ctx.grid = grid
+        ctx.estimator = estimator
+        return native.activation_levels(x, grid)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, (gradient,), grads = _kept(ctx), grad_outputs, None
+        if ctx.estimator == "lsq":
+            into = None if ctx.recipe is None else ctx.recipe.spare()
+            grads = native.activation_gradients(x, gradient, ctx.grid, into)
+        if grads is None:
+            levels = _levels(ctx, native.activation_levels, x, ctx.grid)
+            grads = _activation_gradients(x, levels, gradient, ctx.grid, ctx.estimator)
+        return *grads, None, None, None
+
+
+class _Weight(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        log2_step: Tensor,
+        grid: tuple[Tensor, Tensor, Tensor],
+        layout: ChannelLayout,
+        estimator: Estimator,
+        recipe: Recipe | None,
+    ) -> Tensor:
+        _keep(ctx, weight, recipe)
+        ctx.grid = grid
+        ctx.layout = layout
+        ctx.estimator = estimator
+        return native.weight_levels(weight, *grid)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight, (gradient,), grads = _kept(ctx), grad_outputs, None
+        if ctx.estimator == "lsq":
+            if ctx.recipe is not None:
+                ctx.recipe.let_go()
+            grads = native.weight_gradients(weight, gradient, *ctx.grid)
+        if grads is None:
+            levels = _levels(ctx, native.weight_levels, weight, *ctx.grid)
+            grads = _weight_gradients(
+                weight, levels, gradient, ctx.grid[0], ctx.layout, ctx.estimator
+            )
+        return *grads, None, None, None, None
+
+
+def _keep(ctx: Any, value: Tensor, recipe: Recipe | None) -> None:
+    """A recipe has the input already."""
+    ctx.recipe = recipe
+    if recipe is None:
+        ctx.save_for_backward(value)
+
+
+def _kept(ctx: Any) -> Tensor:
+    kept: Tensor = ctx.saved_tensors[0] if ctx.recipe is None else ctx.recipe.given()
+    return kept
+
+
+def _levels(ctx: Any, compute: Any, *given: Tensor) -> Tensor:
+    made: Tensor = compute(*given) if ctx.recipe is None else ctx.recipe.take()
+    return made
+
+
+def _activation_gradients(
+    x: Tensor, levels: Tensor, gradient: Tensor, grid: Tensor, estimator: Estimator
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The other estimators, and gradients that the kernels cannot read."""
+    step, range_, *rest = grid.unbind()
+    lower = rest[0] if rest else None
+    by_x, by_step, by_range, by_lower = gradients.activation_gradients(
+        x, levels, gradient, step, range_, lower, estimator
+    )
+    by_lower = None if lower is None else by_lower.reshape(())
+    by_logs = (_by_log2(one, of) for one, of in ((by_step, step), (by_range, range_)))
+    return by_x, *by_logs, by_lower  # type: ignore[return-value]  # pyright: ignore
+
+
+def _weight_gradients(
+    weight: Tensor,
+    levels: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    layout: ChannelLayout,
+    estimator: Estimator,
+) -> tuple[Tensor, Tensor]:
+    """The same for weights."""
+    dims = layout.reduced_dims(weight.ndim)
+    by_weight, by_step = gradients.weight_gradients(
+        layout.grouped(weight),
+        layout.grouped(levels),
+        layout.grouped(gradient),
+        step,
+        dims,
+        estimator,
+    )
+    return by_weight.view_as(weight), _by_log2(by_step, step)
+
+
+def _by_log2(gradient: Tensor, value: Tensor) -> Tensor:
+    """d/d log2(v) from d/dv."""
+    return gradient.reshape(value.shape) * value * torch.log(value.new_tensor(2.0))
