@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch.utils._pytree import tree_map
 from gdnsq_fx.errors import ExportError
 from gdnsq_fx.inputs import batch_size
 
+# What torch says of an output that is no tensor and no container that it knows.
+_UNKNOWN_OUTPUT = re.compile(r"Found <class .([\w.<>]+).> in output, which is not")
 # What torch adds to every message of its own.
 _ADVICE = "\n\nThe error above occurred when calling torch.export"
 
@@ -77,6 +80,13 @@ def _exported(model: GraphModule, example: Example) -> ExportedProgram:
     # torch raises what its own passes and the model's operations happen to raise.
     except Exception as error:
         cause = str(error).partition(_ADVICE)[0].strip()
+        unknown = _UNKNOWN_OUTPUT.search(cause)
+        if unknown is not None:
+            cause = (
+                f"it returns a {unknown[1]}, and a program returns tensors; let the "
+                "model return none before it is prepared (a cache of transformers: "
+                "model.config.use_cache = False)"
+            )
         raise ExportError(f"torch.export refuses the model: {cause}") from error
     _allow_other_strides(program.graph)
     _count_in_order_of_storage(program.graph)

@@ -80,3 +80,16 @@ def test_python_that_reads_data_cannot_be_exported(looped, tmp_path: Path) -> No
     with pytest.raises(ExportError, match=r"torch\.export refuses the model"):
         gdnsq_fx.export(imodel, tmp_path / "model.pt2", x)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_cannot_be_exported_and_the_error_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("transformers")
+    net, inputs = _decoder("sdpa")
+    config: Any = net.config
+    config.use_cache = True
+    qmodel = gdnsq_fx.prepare(net.eval(), inputs, calibration=[inputs])
+    imodel = gdnsq_fx.convert(qmodel)
+    with pytest.raises(ExportError, match=r"DynamicCache.*config\.use_cache = False"):
+        gdnsq_fx.export(imodel, tmp_path / "model.pt2", inputs)

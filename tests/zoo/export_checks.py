@@ -7,10 +7,13 @@ import io
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from cases import Case
 from checks import Check, Finding, Subject
 from result import Blocked, CheckFailed, NotApplicable, brief
+from torch import nn
 from torch.fx import GraphModule
 
 import gdnsq_fx
@@ -40,7 +43,7 @@ def convert(subject: ExportSubject) -> Finding:
     """The model becomes one of integers."""
     case = subject.case
     subject.require("eval")
-    subject.model = case.model().eval()
+    subject.model = _model(case)
     config = gdnsq_fx.QuantConfig(weight_bits=4, act_bits=4)
     qmodel = gdnsq_fx.prepare(
         subject.model, case.inputs(2), config, [case.inputs(2)]
@@ -84,6 +87,16 @@ def agree(subject: ExportSubject) -> Finding:
     return worst, f"{layers[0]} integer, {layers[1]} float, {rounding} roundings"
 
 
+def _model(case: Case) -> nn.Module:
+    """Without caches, objects that no program of `torch.export` returns."""
+    model = case.model().eval()
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+    return model
+
+
 def _refusal(subject: ExportSubject) -> str | None:
     """Why the model itself cannot be exported, None where it can."""
     inputs = subject.case.inputs(2)
@@ -91,7 +104,7 @@ def _refusal(subject: ExportSubject) -> str | None:
     try:
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
             torch.onnx.export(
-                subject.case.model().eval(),
+                _model(subject.case),
                 args,
                 kwargs=kwargs,
                 dynamo=True,
