@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     torch.set_num_threads(1)
     kept = _read(options.json)
-    for name, build in _networks(options.data, options.samples).items():
+    for name, build in networks(options.data, options.samples).items():
         waiting = [p for p in PRECISIONS if f"{name}: {p.name}" not in kept]
         if not waiting or (options.only is not None and options.only not in name):
             continue
@@ -88,7 +88,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return f"{table}\n{_LEGEND}"
 
 
-def _networks(data: Path | None, samples: int) -> dict[str, Callable[[], Network]]:
+def networks(data: Path | None, samples: int) -> dict[str, Callable[[], Network]]:
+    """What there is to compare, made when asked for.
+
+    Args:
+        data: folder of CIFAR-10 and weights; without it digits alone.
+        samples: images of CIFAR-10.
+    """
     found: dict[str, Callable[[], Network]] = {
         "digits CNN": digits_network,
         "digits transformer": digits_transformer,
