@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gdnsq_fx.quantize import native_functions
+from gdnsq_fx.quantize import grid_operators, native_functions
 from gdnsq_fx.quantize.activation_grid import ActivationGrid
 from gdnsq_fx.quantize.capacity import MIN_LOG2_STEP, projected_activation
 from gdnsq_fx.quantize.functions import quantize_activation
 from gdnsq_fx.quantize.kernels import is_native
-from gdnsq_fx.quantize.levels import beside_midway, max_code, snap_offset
+from gdnsq_fx.quantize.levels import lowest_level, max_code
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantSpec
 
@@ -56,28 +56,33 @@ class ActivationQuantizer(Quantizer):
     @property
     def offset(self) -> Tensor:
         """Lowest level b, on the grid of the offset mode (see `beside_midway`)."""
-        return self._offset(self.step)
+        return lowest_level(self.lower, self.step, self.offset_mode)
 
     def quantize(self, value: Tensor) -> Tensor:
         """See `quantize_activation`."""
         lower = None if self.nonnegative else self.lower
         parameters = self.log2_step, self.log2_range, lower
-        estimator = self.spec.estimator
+        mode, estimator = self.offset_mode, self.spec.estimator
         if is_native(self.kernels, value, *parameters):
-            mode = self.offset_mode
             return native_functions.quantize_activation(
                 value, *parameters, mode, estimator
             )
-        step = self.step
-        bound = None if self.nonnegative else self._offset(step)
         return quantize_activation(
-            value, step, self.range, bound, estimator, self.kernels
+            value, *self._scalars(value), estimator, self.kernels
         )
 
-    def _offset(self, step: Tensor) -> Tensor:
-        mode = self.offset_mode
-        snapped = snap_offset(self.lower, step, mode)
-        return beside_midway(snapped, step) if mode == "half_step" else snapped
+    def _scalars(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Step, range and lowest level, None where that is 0."""
+        if grid_operators.are_wanted(value):
+            lower = None if self.nonnegative else self.lower
+            step, range_, *rest = grid_operators.activation_grid(
+                self.log2_step, self.log2_range, lower, self.offset_mode
+            ).unbind()
+            return step, range_, rest[0] if rest else None
+        step = self.step
+        if self.nonnegative:
+            return step, self.range, None
+        return step, self.range, lowest_level(self.lower, step, self.offset_mode)
 
     @torch.no_grad()
     def grid(self) -> ActivationGrid:

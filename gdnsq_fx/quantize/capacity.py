@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 MIN_CAPACITY = 1.0
+# What float rounding may add to the capacity of a projected quantizer, in bits.
+CAPACITY_TOLERANCE = 1e-4
 # Steps below this are denormal numbers, and their reciprocals infinite.
 MIN_LOG2_STEP = -120.0
 # Both signs alike: a normalization folded into a channel may turn its sign.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gdnsq_fx.quantize.blocks import blocks, is_plain
+from gdnsq_fx.quantize.capacity import CAPACITY_TOLERANCE, MIN_CAPACITY
 from gdnsq_fx.spec import Offset
 
 
@@ -70,6 +71,37 @@ def beside_midway(offset: Tensor, step: Tensor) -> Tensor:
     step = step.detach()
     odd = torch.round(offset.detach() / (step / 2)).remainder(2.0)
     return offset + odd * step / 64
+
+
+def lowest_level(lower: Tensor, step: Tensor, mode: Offset) -> Tensor:
+    """Where the levels of an activation begin: on the grid of the mode, beside midway.
+
+    Args:
+        lower: what was learned, a scalar; gradients pass as if it were not moved.
+        step: step s, a scalar.
+        mode: of offsets.
+    """
+    snapped = snap_offset(lower, step, mode)
+    return beside_midway(snapped, step) if mode == "half_step" else snapped
+
+
+def weight_bounds(
+    low: Tensor, high: Tensor, step: Tensor, mode: Offset
+) -> tuple[Tensor, Tensor]:
+    """Lowest level and largest code of each scale group of a weight.
+
+    The offset may lie half a step below the least weight, and steps are floats: the
+    largest code is that of the whole bits which the capacity stands for, so that
+    neither can add a level to a tensor whose capacity meets its target.
+
+    Args:
+        low, high: its extremes.
+        step: its steps, of one shape with them.
+        mode: of offsets.
+    """
+    capacity = torch.log2((high - low) / step + 1.0)
+    whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
+    return snap_offset(low, step.detach(), mode), torch.exp2(whole) - 1.0
 
 
 def activation_levels(

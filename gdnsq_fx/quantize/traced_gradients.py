@@ -27,18 +27,19 @@ def activation_gradients(
     Tensors of half precision are taken as they are; their gradient is in theirs.
     """
     given, x, gradient = x, wide(x, step), wide(gradient, step)
-    low = torch.zeros_like(step) if lower is None else lower
-    above = x > low + range_ - step
-    below = x < low
-    inside = ~(above | below)
-    clamped = torch.minimum(torch.maximum(x, low), low + range_ - step)
-    position = (clamped - low) / step
-    error = position.round() - position
+    high = range_ - step if lower is None else lower + range_ - step
+    clamped = torch.minimum(x, high)
+    if lower is not None:
+        clamped = torch.maximum(clamped, lower)
+    inside = clamped == x
     passed = torch.where(inside, gradient, 0.0)
+    grad_lower = torch.where(inside, 0.0, gradient).sum()
+    position = (clamped if lower is None else clamped - lower) / step
+    error = position.round() - position
     noise = step_derivative(error, estimator)
-    top = torch.where(above, gradient, 0.0).sum()
+    # Without a lower bound nothing is below.
+    top = grad_lower if lower is None else torch.where(x > high, gradient, 0.0).sum()
     grad_step = (passed * noise).sum() - top
-    grad_lower = (gradient - passed).sum()
     factor = input_factor(gradient, error, estimator, tuple(range(error.ndim)))
     grad_x = passed if factor is None else passed * factor
     return grad_x.to(given.dtype), grad_step, top, grad_lower

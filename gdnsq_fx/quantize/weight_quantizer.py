@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.channels import ChannelLayout
-from gdnsq_fx.quantize import native, native_functions
+from gdnsq_fx.quantize import grid_operators, native, native_functions
 from gdnsq_fx.quantize.capacity import (
-    MIN_CAPACITY,
+    CAPACITY_TOLERANCE,
     MIN_LOG2_STEP,
     projected_weight,
     weight_capacity,
@@ -25,12 +25,9 @@ from gdnsq_fx.quantize.extremes import (
 )
 from gdnsq_fx.quantize.functions import quantize_weight
 from gdnsq_fx.quantize.kernels import is_native_rows
-from gdnsq_fx.quantize.levels import clamped_codes, snap_offset, wide
+from gdnsq_fx.quantize.levels import clamped_codes, weight_bounds, wide
 from gdnsq_fx.quantize.quantizer import Quantizer
 from gdnsq_fx.spec import QuantSpec
-
-# What float rounding may add to the capacity of a projected quantizer, in bits.
-CAPACITY_TOLERANCE = 1e-4
 
 
 class WeightQuantizer(Quantizer):
@@ -166,19 +163,16 @@ class WeightQuantizer(Quantizer):
     def _grid(
         self, weight: Tensor, *, remember: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step, lowest level and largest code of each scale group.
-
-        The offset may lie half a step below the least weight, and steps are floats: the
-        largest code is that of the whole bits which the capacity stands for, so that
-        neither can add a level to a tensor whose capacity meets its target.
-        """
-        step = self.step
+        """Step, lowest level and largest code of each scale group."""
         with torch.no_grad():
             low, high = self._extremes(weight, remember=remember)
-            capacity = torch.log2((high - low) / step + 1.0)
-            whole = torch.ceil(capacity - CAPACITY_TOLERANCE).clamp(min=MIN_CAPACITY)
-            lower = snap_offset(low, step.detach(), self.offset_mode)
-        return step, lower, torch.exp2(whole) - 1.0
+        if grid_operators.are_wanted(weight):
+            return grid_operators.weight_grid(
+                self.log2_step, low, high, self.offset_mode
+            ).unbind()
+        step = self.step
+        with torch.no_grad():
+            return step, *weight_bounds(low, high, step, self.offset_mode)
 
     @torch.no_grad()
     def _native_grid(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

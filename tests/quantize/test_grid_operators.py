@@ -1,0 +1,83 @@
+"""Operators for compilers: the numbers and gradients of what they stand for."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gdnsq_fx.channels import ChannelLayout
+from gdnsq_fx.quantize import grid_operators
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
+from gdnsq_fx.spec import Offset, QuantSpec
+
+OFFSETS: tuple[Offset, ...] = get_args(Offset)
+
+
+def _gradients(found: Tensor, learned: list[Tensor]) -> tuple[Tensor, ...]:
+    wanted = torch.arange(1.0, 1.0 + found.numel()).view(found.shape)
+    return torch.autograd.grad(found, learned, wanted)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_grids_of_activations(offset: Offset, nonnegative: bool) -> None:
+    spec = QuantSpec(2, "lsq", offset)
+    quantizer = ActivationQuantizer("x", spec, nonnegative=nonnegative)
+    quantizer.cover(-0.61, 2.2, 2.0)
+    learned = list(quantizer.parameters())
+    scalars = [quantizer.step, quantizer.range]
+    scalars += [] if nonnegative else [quantizer.offset]
+    wanted = torch.stack(scalars)
+    lower = None if nonnegative else quantizer.lower
+    given = quantizer.log2_step, quantizer.log2_range, lower, offset
+    found = grid_operators.activation_grid(*given)
+    assert torch.equal(found, wanted)
+    for one, other in zip(
+        _gradients(found, learned), _gradients(wanted, learned), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    torch.library.opcheck(grid_operators.activation_grid, given)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_grids_of_weights(offset: Offset) -> None:
+    weight = torch.randn(4, 3, 5)
+    quantizer = WeightQuantizer(
+        "w", QuantSpec(3, "lsq", offset), ChannelLayout(0), weight
+    )
+    quantizer.open_to(weight, 3.0)
+    wanted = torch.stack(quantizer._grid(weight))
+    given = quantizer.log2_step, *quantizer.extremes(weight), offset
+    found = grid_operators.weight_grid(*given)
+    assert torch.equal(found, wanted)
+    learned = [quantizer.log2_step]
+    torch.testing.assert_close(_gradients(found, learned), _gradients(wanted, learned))
+    torch.library.opcheck(grid_operators.weight_grid, given)
+
+
+def _operators(compiled: Any, module: nn.Module, x: Tensor) -> set[str]:
+    """Names of our operators in the graph that a compiler is given."""
+    found: set[str] = set()
+
+    def backend(graph_module: Any, inputs: Any) -> Any:
+        for node in graph_module.graph.nodes:
+            found.add(str(node.target))
+        return graph_module
+
+    compiled(module, backend=backend, fullgraph=True)(x)
+    return {name for name in found if name.startswith("gdnsq_fx.")}
+
+
+def test_compilers_are_given_them_and_exporters_are_not() -> None:
+    quantizer = ActivationQuantizer("x", QuantSpec(3), nonnegative=True)
+    quantizer.cover(0.0, 2.2, 3.0)
+    x = torch.rand(5)
+    assert _operators(torch.compile, quantizer, x) == {
+        "gdnsq_fx.activation_grid.default"
+    }
+    program = torch.export.export(quantizer.eval(), (x,))
+    assert not any("gdnsq_fx" in str(node.target) for node in program.graph.nodes)
