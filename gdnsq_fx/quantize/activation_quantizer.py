@@ -74,11 +74,10 @@ class ActivationQuantizer(Quantizer):
     def _scalars(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Step, range and lowest level, None where that is 0."""
         if grid_operators.are_wanted(value):
-            lower = None if self.nonnegative else self.lower
-            step, range_, *rest = grid_operators.activation_grid(
-                self.log2_step, self.log2_range, lower, self.offset_mode
-            ).unbind()
-            return step, range_, rest[0] if rest else None
+            step, range_, lower = grid_operators.activation_grid(
+                self.log2_step, self.log2_range, self.lower, self.offset_mode
+            )
+            return step, range_, None if self.nonnegative else lower
         step = self.step
         if self.nonnegative:
             return step, self.range, None

@@ -136,7 +136,7 @@ class Seen:
 
 
 class Looks:
-    """What was seen of a weight; a copy of a quantizer has seen nothing.
+    """What was seen of a weight; a deep copy of a quantizer has seen nothing.
 
     Attributes:
         last: what the last forward pass in training met.
@@ -210,7 +210,7 @@ def _share(
 
 def _rows(weight: Tensor, dims: Sequence[int]) -> Tensor | None:
     """A view with a scale group in each row; None where there is none."""
-    kept = [d for d in range(weight.ndim) if d not in dims]
+    kept = [d for d, size in enumerate(weight.shape) if d not in dims and size > 1]
     if not weight.is_contiguous() or kept not in ([], [0]):
         return None
     return weight.view(weight.shape[0] if kept else 1, -1) if weight.numel() else None

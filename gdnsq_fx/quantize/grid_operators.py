@@ -26,60 +26,68 @@ def are_wanted(value: Tensor) -> bool:
 
 @torch.library.custom_op("gdnsq_fx::activation_grid", mutates_args=())
 def activation_grid(
-    log2_step: Tensor, log2_range: Tensor, lower: Tensor | None, mode: str
-) -> Tensor:
-    """Step, range and, where ``lower`` is not None, lowest level, ``[2]`` or ``[3]``.
+    log2_step: Tensor, log2_range: Tensor, lower: Tensor, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step, range and lowest level of an activation, scalars.
 
     Args:
-        log2_step, log2_range, lower: parameters of an activation's quantizer, scalars.
+        log2_step, log2_range, lower: what its quantizer learned.
         mode: of its offset.
     """
     step = torch.exp2(log2_step)
-    grid = [step, torch.exp2(log2_range)]
-    if lower is not None:
-        grid.append(lowest_level(lower, step, cast(Offset, mode)))
-    return torch.stack(grid)
+    bound = lowest_level(lower, step, cast(Offset, mode))
+    # An operator must not return what it was given.
+    return step, torch.exp2(log2_range), bound.clone()
 
 
 @activation_grid.register_fake
-def _(log2_step: Tensor, log2_range: Tensor, lower: Tensor | None, mode: str) -> Tensor:
-    return log2_step.new_empty(2 if lower is None else 3)
+def _(
+    log2_step: Tensor, log2_range: Tensor, lower: Tensor, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = map(torch.empty_like, (log2_step, log2_range, lower))
+    return tuple(made)  # type: ignore[return-value]  # pyright: ignore
 
 
 @torch.library.custom_op("gdnsq_fx::weight_grid", mutates_args=())
-def weight_grid(log2_step: Tensor, low: Tensor, high: Tensor, mode: str) -> Tensor:
-    """Step, lowest level and largest code of each scale group, ``[3, *groups]``.
+def weight_grid(
+    log2_step: Tensor, low: Tensor, high: Tensor, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step, lowest level and largest code of each scale group of a weight.
 
     Args:
-        log2_step: parameter of a weight's quantizer.
+        log2_step: what its quantizer learned.
         low, high: extremes of the weight, of its shape; they get no gradient.
         mode: of its offset.
     """
     step = torch.exp2(log2_step)
     lower, top = weight_bounds(low, high, step, cast(Offset, mode))
-    return torch.stack([step, lower, top])
+    return step, lower.clone(), top
 
 
 @weight_grid.register_fake
-def _(log2_step: Tensor, low: Tensor, high: Tensor, mode: str) -> Tensor:
-    return log2_step.new_empty(3, *log2_step.shape)
+def _(
+    log2_step: Tensor, low: Tensor, high: Tensor, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = (torch.empty_like(log2_step) for _ in range(3))
+    return tuple(made)  # type: ignore[return-value]  # pyright: ignore
 
 
-def _keep_grid(ctx: Any, inputs: Any, output: Tensor) -> None:
-    ctx.save_for_backward(output)
+def _keep_grid(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[:2])
 
 
-def _activation_backward(ctx: Any, gradient: Tensor) -> Any:
+def _activation_backward(
+    ctx: Any, by_step: Tensor, by_range: Tensor, by_lower: Tensor
+) -> Any:
     """The lowest level passes its gradient as if it were not moved."""
-    (grid,) = ctx.saved_tensors
-    by_logs = gradient * grid * math.log(2.0)
-    by_lower = gradient[2] if len(grid) == 3 else None
-    return by_logs[0], by_logs[1], by_lower, None
+    step, range_ = ctx.saved_tensors
+    by_logs = (by_step * step * math.log(2.0), by_range * range_ * math.log(2.0))
+    return *by_logs, by_lower, None
 
 
-def _weight_backward(ctx: Any, gradient: Tensor) -> Any:
-    (grid,) = ctx.saved_tensors
-    return gradient[0] * grid[0] * math.log(2.0), None, None, None
+def _weight_backward(ctx: Any, by_step: Tensor, *others: Tensor) -> Any:
+    step, _ = ctx.saved_tensors
+    return by_step * step * math.log(2.0), None, None, None
 
 
 activation_grid.register_autograd(_activation_backward, setup_context=_keep_grid)

@@ -37,7 +37,7 @@ def checked_kernels(kernels: str) -> None:
 
 
 def is_native(kernels: Kernels, x: Tensor, *scalars: Tensor | None) -> bool:
-    """Whether kernels in C quantize an activation, or look at any tensor.
+    """Whether kernels in C quantize an activation.
 
     Taken on CPUs unless others are asked for; where they do not serve, or no compiler
     is found, the eager ones are taken. Whoever traces symbolically hands in proxies,
@@ -45,8 +45,8 @@ def is_native(kernels: Kernels, x: Tensor, *scalars: Tensor | None) -> bool:
 
     Args:
         kernels: what was asked for.
-        x: the tensor, with one grid or none.
-        scalars: the parameters of its quantizer, or None.
+        x: the activation.
+        scalars: what its quantizer learned; None: a lower bound of 0.
     """
     return _wants_native(kernels) and native.serves(x, *scalars)
 

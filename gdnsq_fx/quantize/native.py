@@ -23,16 +23,25 @@ from gdnsq_fx.spec import Offset
 
 # `PIECE` of native.c.
 _PIECE = 4096
+# A row of fewer values costs more than to copy it.
+_SHORT = 32
 # The unit of an offset in steps; free ones have none.
 _PARTS: dict[Offset, float] = {"free": 0.0, "half_step": 0.5, "integer": 1.0}
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def is_readable(value: Tensor) -> bool:
+    """Whether its memory holds its values, as float32; it has some."""
+    plain = type(value) in _PLAIN and value.is_cpu and value.dtype is torch.float32
+    in_memory = plain and value.layout is torch.strided and not value.is_neg()
+    return in_memory and value.data_ptr() != 0
+
+
 def serves(value: Tensor, *scalars: Tensor | None) -> bool:
     """Whether the kernels can read a tensor with one grid, and there are any."""
     return (
-        _is_readable(value)
-        and all(s is None or (_is_readable(s) and s.numel() == 1) for s in scalars)
+        is_readable(value)
+        and all(s is None or (is_readable(s) and s.numel() == 1) for s in scalars)
         and _is_present()
     )
 
@@ -40,8 +49,8 @@ def serves(value: Tensor, *scalars: Tensor | None) -> bool:
 def serves_rows(weight: Tensor, step: Tensor) -> bool:
     """Whether they can read a weight with a grid for each row of memory."""
     return (
-        _is_readable(weight)
-        and _is_readable(step)
+        is_readable(weight)
+        and is_readable(step)
         and step.is_contiguous()
         and memory_rows(weight, step) > 0
         and is_dense(weight)
@@ -86,7 +95,7 @@ def weight_gradients(
     Returns:
         None where one of the tensors is not what the kernels can read.
     """
-    if not (_is_readable(weight) and _is_readable(gradient) and is_dense(weight)):
+    if not (is_readable(weight) and is_readable(gradient) and is_dense(weight)):
         return None
     gradient = _like(gradient, weight)
     rows, length = _rows_and_length(weight, step)
@@ -159,7 +168,7 @@ def activation_gradients(
     Returns:
         None where one of the tensors is not what the kernels can read.
     """
-    if not (_is_readable(x) and _is_readable(gradient)):
+    if not (is_readable(x) and is_readable(gradient)):
         return None
     x, form = _in_rows(x)
     if into is None:
@@ -173,13 +182,6 @@ def activation_gradients(
         *_pointers(scratch, by_step, by_range, by_lower), found.threads(x.numel()),
     )  # fmt: skip
     return into, by_step, by_range, by_lower
-
-
-def _is_readable(value: Tensor) -> bool:
-    """Whether its memory holds its values, as float32; it has some."""
-    plain = type(value) in _PLAIN and value.is_cpu and value.dtype is torch.float32
-    in_memory = plain and value.layout is torch.strided and not value.is_neg()
-    return in_memory and value.data_ptr() != 0
 
 
 def _is_present() -> bool:
@@ -208,7 +210,7 @@ def _in_rows(value: Tensor) -> tuple[Tensor, Rows]:
     if value.is_contiguous():
         return value, (1, value.numel(), 0)
     form = rows_of(value)
-    if form is None:
+    if form is None or (form[0] > 1 and form[1] < _SHORT):
         value = torch.empty_like(value).copy_(value)
         form = (1, value.numel(), 0)
     return value, form
@@ -222,8 +224,8 @@ def _like(gradient: Tensor, value: Tensor) -> Tensor:
 
 
 def _rows_and_length(weight: Tensor, step: Tensor) -> tuple[int, int]:
-    rows = memory_rows(weight, step)
-    return rows, weight.numel() // rows
+    """Of what `serves_rows`: a row for each step."""
+    return step.numel(), weight.numel() // step.numel()
 
 
 def _pieces(length: int) -> int:

@@ -15,7 +15,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from gdnsq_fx.channels import ChannelLayout
-from gdnsq_fx.quantize import gradients, native
+from gdnsq_fx.quantize import gradients, levels, native
+from gdnsq_fx.quantize.blocks import is_dense
+from gdnsq_fx.quantize.levels import wide
 from gdnsq_fx.quantize.recompute import Recipe, recipe_for
 from gdnsq_fx.spec import Estimator, Offset
 
@@ -42,7 +44,7 @@ def quantize_activation(
         What `gdnsq_fx.quantize.functions.quantize_activation` does.
     """
     grid = native.activation_grid(log2_step, log2_range, lower, offset)
-    recipe = recipe_for(native.activation_levels, x, grid)
+    recipe = recipe_for(_activation_levels, x, grid)
     made = _Activation.apply(x, log2_step, log2_range, lower, grid, estimator, recipe)
     if recipe is not None:
         recipe.made(made)
@@ -68,7 +70,7 @@ def quantize_weight(
     Returns:
         What `gdnsq_fx.quantize.functions.quantize_weight` does.
     """
-    recipe = recipe_for(native.weight_levels, weight, *grid)
+    recipe = recipe_for(_weight_levels, weight, *grid, layout)
     made = _Weight.apply(weight, log2_step, grid, layout, estimator, recipe)
     if recipe is not None:
         recipe.made(made)
@@ -100,8 +102,8 @@ class _Activation(Function):
             into = None if ctx.recipe is None else ctx.recipe.spare()
             grads = native.activation_gradients(x, gradient, ctx.grid, into)
         if grads is None:
-            levels = _levels(ctx, native.activation_levels, x, ctx.grid)
-            grads = _activation_gradients(x, levels, gradient, ctx.grid, ctx.estimator)
+            made = _levels(ctx, _activation_levels, x, ctx.grid)
+            grads = _activation_gradients(x, made, gradient, ctx.grid, ctx.estimator)
         return *grads, None, None, None
 
 
@@ -131,9 +133,9 @@ class _Weight(Function):
                 ctx.recipe.let_go()
             grads = native.weight_gradients(weight, gradient, *ctx.grid)
         if grads is None:
-            levels = _levels(ctx, native.weight_levels, weight, *ctx.grid)
+            made = _levels(ctx, _weight_levels, weight, *ctx.grid, ctx.layout)
             grads = _weight_gradients(
-                weight, levels, gradient, ctx.grid[0], ctx.layout, ctx.estimator
+                weight, made, gradient, ctx.grid[0], ctx.layout, ctx.estimator
             )
         return *grads, None, None, None, None
 
@@ -143,26 +145,45 @@ def _keep(ctx: Any, value: Tensor, recipe: Recipe | None) -> None:
     ctx.recipe = recipe
     if recipe is None:
         ctx.save_for_backward(value)
+    else:
+        ctx.held = recipe.hold(value)
 
 
 def _kept(ctx: Any) -> Tensor:
-    kept: Tensor = ctx.saved_tensors[0] if ctx.recipe is None else ctx.recipe.given()
+    kept: Tensor = ctx.saved_tensors[0] if ctx.recipe is None else ctx.held()
     return kept
 
 
-def _levels(ctx: Any, compute: Any, *given: Tensor) -> Tensor:
+def _activation_levels(x: Tensor, grid: Tensor) -> Tensor:
+    """Levels of what was kept; hooks may give it back in another form."""
+    if native.is_readable(x):
+        return native.activation_levels(x, grid)
+    step, range_, *lower = grid.unbind()
+    return levels.activation_levels(x, step, range_, lower[0] if lower else None)
+
+
+def _weight_levels(weight: Tensor, *rest: Any) -> Tensor:
+    """The same for weights."""
+    *grid, layout = rest
+    if native.is_readable(weight) and is_dense(weight):
+        return native.weight_levels(weight, *grid)
+    return levels.weight_levels(layout.grouped(weight), *grid).view_as(weight)
+
+
+def _levels(ctx: Any, compute: Any, *given: Any) -> Tensor:
     made: Tensor = compute(*given) if ctx.recipe is None else ctx.recipe.take()
     return made
 
 
 def _activation_gradients(
-    x: Tensor, levels: Tensor, gradient: Tensor, grid: Tensor, estimator: Estimator
+    x: Tensor, made: Tensor, gradient: Tensor, grid: Tensor, estimator: Estimator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The other estimators, and gradients that the kernels cannot read."""
     step, range_, *rest = grid.unbind()
     lower = rest[0] if rest else None
+    x, made, gradient = (wide(one, step) for one in (x, made, gradient))
     by_x, by_step, by_range, by_lower = gradients.activation_gradients(
-        x, levels, gradient, step, range_, lower, estimator
+        x, made, gradient, step, range_, lower, estimator
     )
     by_lower = None if lower is None else by_lower.reshape(())
     by_logs = (_by_log2(one, of) for one, of in ((by_step, step), (by_range, range_)))
@@ -171,7 +192,7 @@ def _activation_gradients(
 
 def _weight_gradients(
     weight: Tensor,
-    levels: Tensor,
+    made: Tensor,
     gradient: Tensor,
     step: Tensor,
     layout: ChannelLayout,
@@ -179,15 +200,14 @@ def _weight_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The same for weights."""
     dims = layout.reduced_dims(weight.ndim)
-    by_weight, by_step = gradients.weight_gradients(
-        layout.grouped(weight),
-        layout.grouped(levels),
-        layout.grouped(gradient),
-        step,
-        dims,
-        estimator,
+    shape = weight.shape
+    weight, made, gradient = (
+        layout.grouped(wide(one, step)) for one in (weight, made, gradient)
     )
-    return by_weight.view_as(weight), _by_log2(by_step, step)
+    by_weight, by_step = gradients.weight_gradients(
+        weight, made, gradient, step, dims, estimator
+    )
+    return by_weight.view(shape), _by_log2(by_step, step)
 
 
 def _by_log2(gradient: Tensor, value: Tensor) -> Tensor:

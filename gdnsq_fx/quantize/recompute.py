@@ -26,7 +26,9 @@ from torch.autograd.graph import saved_tensors_hooks
 Compute = Callable[..., Tensor]
 
 
-class _Kept(Protocol):
+class Kept(Protocol):
+    """What is kept of a tensor: a call gives it back."""
+
     def __call__(self) -> Tensor: ...
 
 
@@ -59,7 +61,7 @@ def recipe_for(compute: Compute, value: Tensor, *scalars: Any) -> Recipe | None:
     if torch.compiler.is_compiling():
         return None
     recorder = _RECORDER.get()
-    if recorder is None or not torch.is_grad_enabled():
+    if recorder is None or not torch.is_grad_enabled() or not recorder.is_in_force:
         return None
     fixed = [_constant(one) for one in scalars]
     return Recipe(value, lambda given: compute(given, *fixed), recorder)
@@ -71,9 +73,7 @@ class Recipe:
     def __init__(
         self, given: Tensor, compute: Callable[[Tensor], Tensor], recorder: _Recorder
     ) -> None:
-        self._given = self._asked = recorder.pack(given)
-        if recorder.is_inside_others:  # hooks may hand out what they took but once
-            self._asked = recorder.pack(given)
+        self._given = recorder.pack(given)
         self._compute = compute
         self._recorder: _Recorder | None = recorder
         self._value: Tensor | None = None
@@ -93,9 +93,12 @@ class Recipe:
             return False
         return _storage(tensor) == _storage(made) and tensor._version == self._version
 
-    def given(self) -> Tensor:
-        """What it is computed from."""
-        return self._asked()
+    def hold(self, given: Tensor) -> Kept:
+        """How backward gets what the tensor is computed from, without another node."""
+        recorder = self._recorder
+        if recorder is None or not recorder.is_inside_others:
+            return self._given
+        return recorder.pack(given)  # those may hand out but once what they took
 
     def value(self) -> Tensor:
         """The tensor, made once for all readers."""
@@ -133,7 +136,14 @@ class _Recorder:
         """Whether other hooks get what is kept."""
         return self._outer is not None
 
-    def pack(self, tensor: Tensor) -> _Kept:
+    @property
+    def is_in_force(self) -> bool:
+        """Whether no hooks were put above ours since (`torch.utils.checkpoint`), which
+        would see other tensors in the first pass than in the next."""
+        top = _active_hooks()
+        return top is None or top[0] == self.pack
+
+    def pack(self, tensor: Tensor) -> Kept:
         """What autograd keeps of a tensor."""
         recipe = self.recipes.get(_storage(tensor))
         if recipe is None or not recipe.shows(tensor):
@@ -142,14 +152,15 @@ class _Recorder:
         return lambda: recipe.value().as_strided(size, stride, offset)
 
     @staticmethod
-    def unpack(kept: _Kept) -> Tensor:
+    def unpack(kept: Kept) -> Tensor:
         """The tensor again."""
         return kept()
 
-    def _whole(self, tensor: Tensor) -> _Kept:
+    def _whole(self, tensor: Tensor) -> Kept:
         # Without its history, or a node that saves its own output would hold itself,
         # where no garbage collector sees it. Values and versions are shared.
-        value, version = tensor.detach(), tensor._version
+        value = tensor if tensor.grad_fn is None else tensor.detach()
+        version = tensor._version
         if self._outer is not None:
             pack, unpack = self._outer
             packed = pack(value)

@@ -103,7 +103,12 @@ class WeightQuantizer(Quantizer):
         return codes.view_as(weight)
 
     def capacity(self, weight: Tensor) -> Tensor:
-        """log2((max - min)/s + 1) of each scale group, bits per element."""
+        """log2((max - min)/s + 1) of each scale group, bits per element.
+
+        Of a weight that the last forward in training met it takes the extremes from
+        there: after an update by an optimizer that keeps versions (fused ones do), call
+        `forget` first.
+        """
         return weight_capacity(*self.learnable_extremes(weight), self.log2_step)
 
     @torch.no_grad()
@@ -169,7 +174,7 @@ class WeightQuantizer(Quantizer):
         if grid_operators.are_wanted(weight):
             return grid_operators.weight_grid(
                 self.log2_step, low, high, self.offset_mode
-            ).unbind()
+            )
         step = self.step
         with torch.no_grad():
             return step, *weight_bounds(low, high, step, self.offset_mode)

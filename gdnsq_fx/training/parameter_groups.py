@@ -49,8 +49,11 @@ def parameter_groups(
 def _group(parameters: list[nn.Parameter], lr: float) -> dict[str, Any]:
     """On a CPU `torch.optim.Adam` would run a dozen operations for each parameter, and
     quantizers have many small ones."""
-    fused = all(
-        p.device.type == "cpu" and p.is_floating_point() and not is_sharded(p)
-        for p in parameters
-    )
+    fused = all(_can_be_fused(parameter) for parameter in parameters)
     return {"params": parameters, "lr": lr, "fused": True if fused else None}
+
+
+def _can_be_fused(parameter: nn.Parameter) -> bool:
+    """Whether the fused kernel of CPUs, which knows no strides, may update it."""
+    plain = parameter.device.type == "cpu" and not is_sharded(parameter)
+    return plain and parameter.is_floating_point() and parameter.is_contiguous()

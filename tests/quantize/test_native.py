@@ -25,6 +25,7 @@ from gdnsq_fx.quantize.extremes import extremes_of, native_extremes_of
 from gdnsq_fx.quantize.kernels import Kernels, is_native, is_native_rows
 from gdnsq_fx.quantize.native_functions import quantize_activation, quantize_weight
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
+from gdnsq_fx.sites import weight_sites
 from gdnsq_fx.spec import Estimator, Offset, QuantSpec
 
 needs_compiler = pytest.mark.skipif(
@@ -228,6 +229,26 @@ def test_channels_that_are_no_rows_of_memory_are_left_to_torch() -> None:
     first = torch.full((3, 1, 1), 0.2)
     assert is_native_rows("native", weight, first)
     assert not is_native_rows("native", weight, second)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "layer", [nn.ConvTranspose2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 1, 3)]
+)
+def test_one_channel_of_a_group_has_rows_in_every_layout(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), layer)
+    x = torch.randn(2, 3, 9, 9)
+    config = gdnsq_fx.QuantConfig(3, 3, first_last=None)
+    qmodel = gdnsq_fx.prepare(model, x, config, [x]).train()
+    parameters, found = list(qmodel.parameters()), []
+    for kernels in get_args(Kernels)[1:3]:
+        gdnsq_fx.use_kernels(qmodel, kernels)
+        output = qmodel(x).square().sum()
+        sites = weight_sites(qmodel)
+        capacity = sum(s.quantizer.capacity(s.weight()).sum() for s in sites)
+        found.append(torch.autograd.grad(output + capacity, parameters))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -15,8 +17,12 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import gdnsq_fx
+from gdnsq_fx.channels import ChannelLayout
+from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
 from gdnsq_fx.quantize.functions import quantize_activation, quantize_weight
-from gdnsq_fx.spec import Estimator
+from gdnsq_fx.quantize.kernels import Kernels
+from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
+from gdnsq_fx.spec import Estimator, QuantSpec
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
@@ -169,6 +175,45 @@ def test_inside_checkpointing() -> None:
     loss = F.cross_entropy(output, torch.arange(4))
     found = torch.autograd.grad(loss, list(qmodel.parameters()))
     assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+def test_checkpointing_inside(kernels: Kernels) -> None:
+    """The pass that computes again must save what the first one did."""
+    quantizer = ActivationQuantizer("x", QuantSpec(2, "lsq"), nonnegative=False)
+    quantizer.cover(-2.0, 2.0, 2.0)
+    quantizer.kernels = kernels
+
+    def gradients(forward: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        x = _images().requires_grad_()
+        with gdnsq_fx.recomputed_levels():
+            output = forward(lambda x: quantizer(x).exp(), x).sum()
+        return torch.autograd.grad(output, (x, quantizer.log2_step))
+
+    found = gradients(partial(checkpoint, use_reentrant=False))
+    assert all(map(torch.equal, found, gradients(lambda function, x: function(x))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_hooks_may_give_back_another_precision(dtype: torch.dtype) -> None:
+    weight = torch.randn(8, 4096)
+    activation = ActivationQuantizer("x", QuantSpec(3, "lsq"), nonnegative=False)
+    activation.cover(-2.0, 2.0, 3.0)
+    kept = WeightQuantizer("w", QuantSpec(3, "lsq"), ChannelLayout(0), weight)
+    kept.open_to(weight, 3.0)
+    for quantizer in (activation, kept):
+        found = []
+        for hooks in (
+            nullcontext(),
+            saved_tensors_hooks(lambda t: t.to(dtype), lambda t: t),
+        ):
+            leaf = weight.clone().requires_grad_()
+            with hooks, gdnsq_fx.recomputed_levels():
+                made = quantizer(leaf).sum()
+            found.append(torch.autograd.grad(made, (leaf, quantizer.log2_step)))
+        (plain, _), (given_back, by_step) = found
+        assert (plain != given_back).float().mean() < 1e-3  # beside an end of the clamp
+        assert by_step.isfinite().all()
 
 
 def test_without_gradients_nothing_is_recorded() -> None:

@@ -107,6 +107,35 @@ def test_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path, after: int) -
     assert _files(tmp_path) == [f"step-{n:09d}.safetensors" for n in (16, 20)]
 
 
+def test_weights_in_channels_last_go_on_as_well(tmp_path: Path) -> None:
+    def prepared() -> GraphModule:
+        torch.manual_seed(0)
+        images = torch.randn(4, 3, 8, 8)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        config = gdnsq_fx.QuantConfig(4, 4, first_last=None)
+        qmodel = gdnsq_fx.prepare(model, images, config, [images])
+        return qmodel.to(memory_format=torch.channels_last)
+
+    images = torch.randn(5, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain, resumed = prepared(), prepared()
+    _finetune(plain, None, images.unbind())
+
+    def until(count: int) -> Iterator[Tensor]:
+        yield from images[:count]
+        raise Interrupted
+
+    class Stopping:
+        passes = itertools.count()
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return until(3) if next(self.passes) == 2 else iter(images.unbind())
+
+    with pytest.raises(Interrupted):
+        _finetune(prepared(), tmp_path, Stopping())
+    _finetune(resumed, tmp_path, images.unbind())
+    _assert_same(plain, resumed)
+
+
 @pytest.mark.parametrize("after", [1, 9, 13, 19])
 def test_learned_bits_go_on_as_well(tmp_path: Path, after: int) -> None:
     budget = gdnsq_fx.Budget(mean_weight_bits=2.5, mean_act_bits=3)
