@@ -66,18 +66,40 @@ def onnx_model(model: GraphModule, example: Example) -> Any:
     """An ``onnx_ir.Model`` of a model in evaluation."""
     required("onnx", "writing ONNX", EXTRA)
     required("onnxscript", "writing ONNX", EXTRA)
+    found = _translated(model, example, optimize=True)
+    if not _is_whole(found):
+        # Torch's optimizer drops bounds of clamps that it takes for copies of others.
+        found = _translated(model, example, optimize=False)
+    return found
+
+
+def _translated(model: GraphModule, example: Example, *, optimize: bool) -> Any:
     program = exported(model, example)
     write_out_constants(program)
     try:
         with _quiet():
             found = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, verbose=False
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                optimize=optimize,
             )
     # The exporter lets pass what its decompositions and translations raise.
     except Exception as error:
         raise ExportError(f"torch.onnx refuses the model: {error}") from error
     assert found is not None  # only the old exporter, which writes itself, has none
     return found.model
+
+
+def _is_whole(model: Any) -> bool:
+    """Whether all that nodes read is there: inputs, constants, results of others."""
+    graph = model.graph
+    known = {*graph.inputs, *graph.initializers.values()}
+    known |= {value for node in graph for value in node.outputs}
+    return all(
+        value is None or value in known for node in graph for value in node.inputs
+    )
 
 
 def save(

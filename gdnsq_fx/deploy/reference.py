@@ -120,6 +120,8 @@ class ReferenceExecutor(Interpreter):
         value, weight, bias = bound["input"], bound["weight"], bound.get("bias")
         if not isinstance(value, Integers) or not isinstance(weight, Integers):
             return None
+        if value.axis is not None:  # a stored table, with a scale for each row
+            return None
         unit = value.scale * weight.scale
         given: dict[str, Any] = {"input": value.numbers, "weight": weight.numbers}
         if bias is not None:

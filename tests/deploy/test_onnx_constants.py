@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +77,59 @@ def test_layers_of_positions(tmp_path: Path) -> None:
     kernels = [node.op_type for node in onnx.load(loaded).graph.node]
     assert "MatMulIntegerToFloat" in kernels  # of a query and the constant keys
     assert "MatMulNBits" not in kernels
+
+
+def test_what_an_optimizer_drops_is_written_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's does with the bounds of equal clamps (Gemma 4 of timm)."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export, asked = torch.onnx.export, []
+
+    def dropping(*args: Any, optimize: bool, **options: Any) -> Any:
+        asked.append(optimize)
+        found = export(*args, optimize=optimize, **options)
+        if optimize:
+            found.model.graph.initializers.popitem()
+        return found
+
+    monkeypatch.setattr(torch.onnx, "export", dropping)
+    x = torch.randn(2, 6)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    qmodel = gdnsq_fx.prepare(model.eval(), x, calibration=[x])
+    imodel = gdnsq_fx.convert(qmodel, deployable=True)
+    path = tmp_path / "model.onnx"
+    gdnsq_fx.export(imodel, path, x)
+    assert asked == [True, False]
+    assert gdnsq_fx.verify(
+        imodel, path, [x], runtimes=["onnxruntime"], progress=False
+    ).ok
+
+
+class _Table(nn.Module):
+    """A network of stored coordinates, whose results are added (Swin v2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coordinates = nn.Buffer(torch.randn(16, 2))
+        self.network = nn.Sequential(
+            nn.Linear(2, 24), nn.Dropout(0.1), nn.ReLU(), nn.Linear(24, 5)
+        )
+        self.fc = nn.Linear(5, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) @ self.network(self.coordinates)
+
+
+def test_a_network_of_a_stored_table(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    x = torch.randn(4, 5)
+    qmodel = gdnsq_fx.prepare(_Table().eval(), x, calibration=[x])
+    imodel = gdnsq_fx.convert(qmodel, deployable=True)
+    path = tmp_path / "model.onnx"
+    gdnsq_fx.export(imodel, path, x)
+    found = gdnsq_fx.verify(imodel, path, [x], runtimes=["onnxruntime"], progress=False)
+    assert found.ok, found
