@@ -112,8 +112,15 @@ def _refusal(subject: ExportSubject) -> str | None:
                 verbose=False,
             )
     except Exception as error:  # whatever the exporter happens to raise
-        return brief(error)
+        return brief(_root(error))
     return None
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error comes from; the exporter's own say at which step it ended."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 EXPORT_CHECKS: dict[str, Check] = {

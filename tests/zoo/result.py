@@ -44,7 +44,7 @@ class Blocked(Exception):
     """An earlier check left nothing to check."""
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """Type, message, and the last lines of the library and of all code."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if _PACKAGE in Path(f.filename).parents]
