@@ -21,7 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from gdnsq_fx.quantize import gradients, traced_gradients
 from gdnsq_fx.quantize.kernels import Kernels, compiled, is_compiled
 from gdnsq_fx.quantize.levels import activation_levels, weight_levels, wide
-from gdnsq_fx.quantize.recompute import Recipe, recipe_for
+from gdnsq_fx.quantize.recompute import (
+    Recipe,
+    held_recipe,
+    hold_recipe,
+    recipe_for,
+)
 from gdnsq_fx.spec import Estimator
 
 
@@ -146,7 +151,7 @@ class _QuantizeActivation(Function):
     ) -> Tensor:
         ctx.save_for_backward(x, step, range_, lower)
         ctx.estimator = estimator
-        ctx.recipe = recipe
+        hold_recipe(ctx, recipe)
         ctx.regional = regional
         return _activation_levels(regional)(x, step, range_, lower)
 
@@ -160,7 +165,7 @@ class _QuantizeActivation(Function):
             grads = derive(x, gradient, *scalars, ctx.estimator)
         else:
             value = wide(x, step)
-            levels = _levels(ctx.recipe, activation_levels, x, value, *scalars)
+            levels = _levels(ctx, activation_levels, x, value, *scalars)
             grads = gradients.activation_gradients(
                 value, levels, wide(gradient, step), *scalars, ctx.estimator
             )
@@ -192,7 +197,7 @@ class _QuantizeWeight(Function):
         ctx.save_for_backward(weight, step, lower, top)
         ctx.dims = dims
         ctx.estimator = estimator
-        ctx.recipe = recipe
+        hold_recipe(ctx, recipe)
         ctx.regional = regional
         return _weight_levels(regional)(weight, step, lower, top)
 
@@ -206,7 +211,7 @@ class _QuantizeWeight(Function):
             grads = derive(weight, gradient, step, lower, *rest)
         else:
             value = wide(weight, step)
-            levels = _levels(ctx.recipe, weight_levels, weight, value, step, lower, top)
+            levels = _levels(ctx, weight_levels, weight, value, step, lower, top)
             grads = gradients.weight_gradients(
                 value, levels, wide(gradient, step), step, *rest
             )
@@ -221,19 +226,21 @@ def _derivation(ctx: Any, formulas: Callable[..., Any]) -> Callable[..., Any] | 
         return formulas
     if not ctx.regional:
         return None
-    if ctx.recipe is not None:
-        ctx.recipe.let_go()
+    recipe = held_recipe(ctx)
+    if recipe is not None:
+        recipe.let_go()
     return compiled(formulas)
 
 
 def _levels(
-    recipe: Recipe | None,
+    ctx: Any,
     compute: Callable[..., Tensor],
     given: Tensor,
     value: Tensor,
     *scalars: Any,
 ) -> Tensor:
     """Levels of an input in the precision of the step, those of a recipe if it may."""
+    recipe = held_recipe(ctx)
     if recipe is None:
         return compute(value, *scalars)
     if value.dtype != given.dtype:  # rounded to half precision since

@@ -18,7 +18,12 @@ from gdnsq_fx.channels import ChannelLayout
 from gdnsq_fx.quantize import gradients, levels, native
 from gdnsq_fx.quantize.blocks import is_dense
 from gdnsq_fx.quantize.levels import wide
-from gdnsq_fx.quantize.recompute import Recipe, recipe_for
+from gdnsq_fx.quantize.recompute import (
+    Recipe,
+    held_recipe,
+    hold_recipe,
+    recipe_for,
+)
 from gdnsq_fx.spec import Estimator, Offset
 
 
@@ -89,7 +94,8 @@ class _Activation(Function):
         estimator: Estimator,
         recipe: Recipe | None,
     ) -> Tensor:
-        _keep(ctx, x, recipe)
+        ctx.save_for_backward(x)
+        hold_recipe(ctx, recipe)
         ctx.grid = grid
         ctx.estimator = estimator
         return native.activation_levels(x, grid)
@@ -97,9 +103,10 @@ class _Activation(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, (gradient,), grads = _kept(ctx), grad_outputs, None
+        (x,), (gradient,), grads = ctx.saved_tensors, grad_outputs, None
         if ctx.estimator == "lsq":
-            into = None if ctx.recipe is None else ctx.recipe.spare()
+            recipe = held_recipe(ctx)
+            into = None if recipe is None else recipe.spare()
             grads = native.activation_gradients(x, gradient, ctx.grid, into)
         if grads is None:
             made = _levels(ctx, _activation_levels, x, ctx.grid)
@@ -118,7 +125,8 @@ class _Weight(Function):
         estimator: Estimator,
         recipe: Recipe | None,
     ) -> Tensor:
-        _keep(ctx, weight, recipe)
+        ctx.save_for_backward(weight)
+        hold_recipe(ctx, recipe)
         ctx.grid = grid
         ctx.layout = layout
         ctx.estimator = estimator
@@ -127,10 +135,11 @@ class _Weight(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight, (gradient,), grads = _kept(ctx), grad_outputs, None
+        (weight,), (gradient,), grads = ctx.saved_tensors, grad_outputs, None
         if ctx.estimator == "lsq":
-            if ctx.recipe is not None:
-                ctx.recipe.let_go()
+            recipe = held_recipe(ctx)
+            if recipe is not None:
+                recipe.let_go()
             grads = native.weight_gradients(weight, gradient, *ctx.grid)
         if grads is None:
             made = _levels(ctx, _weight_levels, weight, *ctx.grid, ctx.layout)
@@ -138,20 +147,6 @@ class _Weight(Function):
                 weight, made, gradient, ctx.grid[0], ctx.layout, ctx.estimator
             )
         return *grads, None, None, None, None
-
-
-def _keep(ctx: Any, value: Tensor, recipe: Recipe | None) -> None:
-    """A recipe has the input already."""
-    ctx.recipe = recipe
-    if recipe is None:
-        ctx.save_for_backward(value)
-    else:
-        ctx.held = recipe.hold(value)
-
-
-def _kept(ctx: Any) -> Tensor:
-    kept: Tensor = ctx.saved_tensors[0] if ctx.recipe is None else ctx.held()
-    return kept
 
 
 def _activation_levels(x: Tensor, grid: Tensor) -> Tensor:
@@ -171,7 +166,8 @@ def _weight_levels(weight: Tensor, *rest: Any) -> Tensor:
 
 
 def _levels(ctx: Any, compute: Any, *given: Any) -> Tensor:
-    made: Tensor = compute(*given) if ctx.recipe is None else ctx.recipe.take()
+    recipe = held_recipe(ctx)
+    made: Tensor = compute(*given) if recipe is None else recipe.take()
     return made
 
 

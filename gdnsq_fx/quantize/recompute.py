@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +68,17 @@ def recipe_for(compute: Compute, value: Tensor, *scalars: Any) -> Recipe | None:
     return Recipe(value, lambda given: compute(given, *fixed), recorder)
 
 
+def hold_recipe(ctx: Any, recipe: Recipe | None) -> None:
+    """Note a recipe in the context of its function, which must not keep it alive."""
+    ctx.recipe = None if recipe is None else weakref.ref(recipe)
+
+
+def held_recipe(ctx: Any) -> Recipe | None:
+    """The recipe that was noted."""
+    found: Recipe | None = None if ctx.recipe is None else ctx.recipe()
+    return found
+
+
 class Recipe:
     """A quantized tensor, and how to compute it again."""
 
@@ -77,11 +89,13 @@ class Recipe:
         self._compute = compute
         self._recorder: _Recorder | None = recorder
         self._value: Tensor | None = None
+        recorder.owned = self
 
     def made(self, value: Tensor) -> None:
         """This is the tensor; whoever saves it, or a view of it, saves the recipe."""
         recorder, self._recorder = self._recorder, None
         assert recorder is not None, "a recipe is for one tensor"
+        recorder.owned = None
         recorder.recipes[_storage(value)] = self
         self._made, self._version = weakref.ref(value), value._version
 
@@ -92,13 +106,6 @@ class Recipe:
         if made is None or tensor.dtype != made.dtype:
             return False
         return _storage(tensor) == _storage(made) and tensor._version == self._version
-
-    def hold(self, given: Tensor) -> Kept:
-        """How backward gets what the tensor is computed from, without another node."""
-        recorder = self._recorder
-        if recorder is None or not recorder.is_inside_others:
-            return self._given
-        return recorder.pack(given)  # those may hand out but once what they took
 
     def value(self) -> Tensor:
         """The tensor, made once for all readers."""
@@ -129,12 +136,8 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.recipes: dict[int, Recipe] = {}
+        self.owned: Recipe | None = None
         self._outer = _active_hooks()
-
-    @property
-    def is_inside_others(self) -> bool:
-        """Whether other hooks get what is kept."""
-        return self._outer is not None
 
     @property
     def is_in_force(self) -> bool:
@@ -144,7 +147,17 @@ class _Recorder:
         return top is None or top[0] == self.pack
 
     def pack(self, tensor: Tensor) -> Kept:
-        """What autograd keeps of a tensor."""
+        """What autograd keeps of a tensor.
+
+        The first that the function of a recipe saves is its input, and keeps the recipe
+        as long as autograd keeps that: until backward is through. What the function's
+        context holds would stay for as long as the loss does.
+        """
+        owned, self.owned = self.owned, None
+        kept = self._packed(tensor)
+        return kept if owned is None else partial(_with, owned, kept)
+
+    def _packed(self, tensor: Tensor) -> Kept:
         recipe = self.recipes.get(_storage(tensor))
         if recipe is None or not recipe.shows(tensor):
             return self._whole(tensor)
@@ -180,6 +193,11 @@ class _Recorder:
 
 
 _RECORDER: ContextVar[_Recorder | None] = ContextVar("gdnsq_fx_recorder", default=None)
+
+
+def _with(recipe: Recipe, kept: Kept) -> Tensor:
+    """What is kept; the recipe stands here to live as long."""
+    return kept()
 
 
 def _constant(value: Any) -> Any:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import gdnsq_fx
@@ -236,6 +237,23 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
     lean = gradients(gdnsq_fx.recomputed_levels())
     assert all(map(torch.equal, lean, gradients(nullcontext())))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+def test_a_loss_that_lives_on_keeps_no_inputs(kernels: Kernels) -> None:
+    """As in a loop that names its loss: it lives through the next forward pass."""
+    quantizer = ActivationQuantizer("x", QuantSpec(3, "lsq"), nonnegative=False)
+    quantizer.cover(-2.0, 2.0, 3.0)
+    quantizer.kernels = kernels
+    weight = torch.randn(64, 64, requires_grad=True)
+    with gdnsq_fx.recomputed_levels():
+        x = weight * 2.0
+        loss = quantizer(x).matmul(torch.randn(64, 64)).square().sum()
+    storage = StorageWeakRef(x.untyped_storage())
+    del x
+    assert not storage.expired()
+    loss.backward()
+    assert storage.expired()
 
 
 def test_nothing_stays_behind_after_backward() -> None:
