@@ -11,7 +11,6 @@ this file, in ``results/``; rows that ``--json`` has already are not measured ag
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -19,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity import STEPS, networks
+from parity import STEPS, command_line, markdown, networks, read_rows
 from parity_measure import PRECISIONS, Precision, quantized
 from parity_networks import BATCH, Network
-from tabulate import tabulate
 from tqdm import tqdm
 
 import gdnsq_fx
@@ -41,9 +39,9 @@ difference from fake-quantized, in points.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    options = _options(arguments)
+    options = command_line(__doc__, RESULTS).parse_args(arguments)
     torch.set_num_threads(1)
-    kept = json.loads(options.json.read_text("utf-8")) if _exists(options.json) else {}
+    kept = read_rows(options.json)
     for name, build in networks(options.data, options.samples).items():
         waiting = [p for p in PRECISIONS if f"{name}: {p.name}" not in kept]
         if not waiting or (options.only is not None and options.only not in name):
@@ -54,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(row), flush=True)
             if options.json is not None:
                 options.json.write_text(json.dumps(kept, indent=1), "utf-8")
-            options.out.write_text(markdown(list(kept.values())), "utf-8")
+            options.out.write_text(markdown(list(kept.values()), _LEGEND), "utf-8")
 
 
 def measure(network: Network, precision: Precision) -> dict[str, Any]:
@@ -93,26 +91,6 @@ def measure(network: Network, precision: Precision) -> dict[str, Any]:
         **{form: f"{score:.2f}" for form, score in scores.items()},
         "apart": f"{apart:.2f}",
     }
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table and what its columns mean."""
-    table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-    return f"{table}\n{_LEGEND}"
-
-
-def _exists(path: Path | None) -> bool:
-    return path is not None and path.exists()
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of CIFAR-10 and weights")
-    parser.add_argument("--samples", type=int, default=10_000, help="of CIFAR-10")
-    parser.add_argument("--only", help="part of a network's name")
-    parser.add_argument("--json", type=Path, help="keep rows here, and go on")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,11 @@ roundings that began; codes, and images, that no rounding explains, if there are
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    options = _options(arguments)
+    parser = command_line(__doc__, RESULTS)
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    kept = _read(options.json)
+    kept = read_rows(options.json)
     for name, build in networks(options.data, options.samples).items():
         waiting = [p for p in PRECISIONS if f"{name}: {p.name}" not in kept]
         if not waiting or (options.only is not None and options.only not in name):
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(kept[f"{name}: {precision.name}"]), flush=True)
             if options.json is not None:
                 options.json.write_text(json.dumps(kept, indent=1), "utf-8")
-            options.out.write_text(markdown(list(kept.values())), "utf-8")
+            options.out.write_text(markdown(list(kept.values()), _LEGEND), "utf-8")
 
 
 def as_row(network: Network, precision: str, found: Parity) -> dict[str, Any]:
@@ -82,10 +84,10 @@ def as_row(network: Network, precision: str, found: Parity) -> dict[str, Any]:
     return row
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], legend: str) -> str:
     """The table and what its columns mean."""
     table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-    return f"{table}\n{_LEGEND}"
+    return f"{table}\n{legend}"
 
 
 def networks(data: Path | None, samples: int) -> dict[str, Callable[[], Network]]:
@@ -104,19 +106,20 @@ def networks(data: Path | None, samples: int) -> dict[str, Callable[[], Network]
     return found
 
 
-def _read(path: Path | None) -> dict[str, dict[str, Any]]:
+def read_rows(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Rows that an earlier run kept."""
     return json.loads(path.read_text("utf-8")) if path and path.exists() else {}
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def command_line(described: str | None, results: Path) -> argparse.ArgumentParser:
+    """Options of a comparison on these networks; ``results``: where its table goes."""
+    parser = argparse.ArgumentParser(description=(described or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 and weights")
     parser.add_argument("--samples", type=int, default=10_000, help="of CIFAR-10")
     parser.add_argument("--only", help="part of a network's name")
     parser.add_argument("--json", type=Path, help="keep rows here, and go on")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES)
-    return parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, default=results)
+    return parser
 
 
 if __name__ == "__main__":
