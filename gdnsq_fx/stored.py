@@ -6,6 +6,7 @@ any expression of parameters and buffers, such as a standardized or parametrized
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +56,9 @@ def stored_value(owner: GraphModule, node: Node) -> Tensor:
 
     Modules run in evaluation: a look must not move their buffers (spectral norm).
     """
+    if node.op == "get_attr":  # as nearly all are, which training asks for every step
+        found: Tensor = attribute(owner, str(node.target))
+        return found
     values: dict[Node, Any] = {}
     for one in sorted(ancestors([node])):
         values[one] = computed(owner, one, values)
@@ -79,8 +83,8 @@ def computed(owner: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
 
 def attribute(owner: nn.Module, path: str) -> Any:
     """The attribute that a ``get_attr`` node names."""
-    prefix, _, name = path.rpartition(".")
-    return getattr(owner.get_submodule(prefix), name)
+    found: Any = reduce(getattr, path.split("."), owner)
+    return found
 
 
 def stored_name(node: Node, position: int) -> str:

@@ -3,7 +3,7 @@
 Left to itself, inductor computes the numbers of a grid in every loop over values that
 reads them, on a CPU once for each vector of 16: powers, logarithms and divisions of
 scalars that took longer than the values themselves. What an operator returns is
-computed once.
+computed once, by kernels in C where there are any.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gdnsq_fx.quantize import native
+from gdnsq_fx.quantize.capacity import CAPACITY_TOLERANCE
 from gdnsq_fx.quantize.levels import lowest_level, weight_bounds
 from gdnsq_fx.spec import Offset
 
@@ -34,6 +36,10 @@ def activation_grid(
         log2_step, log2_range, lower: what its quantizer learned.
         mode: of its offset.
     """
+    if native.serves(log2_step, log2_range, lower):
+        return native.activation_scalars(
+            log2_step, log2_range, lower, cast(Offset, mode)
+        )
     step = torch.exp2(log2_step)
     bound = lowest_level(lower, step, cast(Offset, mode))
     # An operator must not return what it was given.
@@ -59,8 +65,10 @@ def weight_grid(
         low, high: extremes of the weight, of its shape; they get no gradient.
         mode: of its offset.
     """
-    step = torch.exp2(log2_step)
-    lower, top = weight_bounds(low, high, step, cast(Offset, mode))
+    step, offset = torch.exp2(log2_step), cast(Offset, mode)
+    if native.serves_vectors(low, high, step):
+        return step, *native.weight_grid(low, high, step, offset, CAPACITY_TOLERANCE)
+    lower, top = weight_bounds(low, high, step, offset)
     return step, lower.clone(), top
 
 

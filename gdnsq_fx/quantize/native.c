@@ -50,18 +50,20 @@ void gdnsq_weight_grid(const float *low, const float *high, const float *step,
 }
 
 /* Step, range and lowest level of an activation, as `ActivationQuantizer` has them: an
-   odd multiple of half a step is moved by a sixty-fourth of one. A null `lower` is 0. */
+   odd multiple of half a step is moved by a sixty-fourth of one. A null `lower` is 0,
+   and `bound` is not written then. */
 void gdnsq_activation_grid(const float *log2_step, const float *log2_range,
-                           const float *lower, float part, float *grid)
+                           const float *lower, float part, float *step, float *range,
+                           float *bound)
 {
-    const float step = exp2f(*log2_step);
-    grid[0] = step;
-    grid[1] = exp2f(*log2_range);
+    const float s = exp2f(*log2_step);
+    *step = s;
+    *range = exp2f(*log2_range);
     if (!lower)
         return;
-    const float unit = step * part, bound = snapped(*lower, unit);
-    const int is_odd = part == 0.5f && fmodf(nearbyintf(bound / unit), 2.0f) != 0.0f;
-    grid[2] = is_odd ? bound + step / 64.0f : bound;
+    const float unit = s * part, b = snapped(*lower, unit);
+    const int is_odd = part == 0.5f && fmodf(nearbyintf(b / unit), 2.0f) != 0.0f;
+    *bound = is_odd ? b + s / 64.0f : b;
 }
 
 /* y = step * k + lower of values that share a grid. */

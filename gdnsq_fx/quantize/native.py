@@ -58,6 +58,13 @@ def serves_rows(weight: Tensor, step: Tensor) -> bool:
     )
 
 
+def serves_vectors(*vectors: Tensor) -> bool:
+    """Whether they can read these as vectors of one length."""
+    alike = len({vector.shape for vector in vectors}) == 1
+    readable = all(is_readable(one) and one.is_contiguous() for one in vectors)
+    return alike and readable and _is_present()
+
+
 def weight_grid(
     low: Tensor, high: Tensor, step: Tensor, mode: Offset, tolerance: float
 ) -> tuple[Tensor, Tensor]:
@@ -136,11 +143,27 @@ def activation_grid(
     log2_step: Tensor, log2_range: Tensor, lower: Tensor | None, mode: Offset
 ) -> Tensor:
     """The grid of an activation from scalars that they serve."""
-    grid = torch.empty(3 if lower is not None else 2, dtype=torch.float32, device="cpu")
+    count = 2 if lower is None else 3
+    grid = torch.empty(count, dtype=torch.float32, device="cpu")
+    place, size = grid.data_ptr(), grid.element_size()
+    into = (place, place + size, None if lower is None else place + 2 * size)
     _library().activation_grid(
-        *_pointers(log2_step, log2_range, lower), _PARTS[mode], grid.data_ptr()
+        *_pointers(log2_step, log2_range, lower), _PARTS[mode], *into
     )
     return grid
+
+
+def activation_scalars(
+    log2_step: Tensor, log2_range: Tensor, lower: Tensor, mode: Offset
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as three scalars, of memory of their own."""
+    step, range_ = torch.empty_like(log2_step), torch.empty_like(log2_range)
+    bound = torch.empty_like(lower)
+    _library().activation_grid(
+        *_pointers(log2_step, log2_range, lower), _PARTS[mode],
+        *_pointers(step, range_, bound),
+    )  # fmt: skip
+    return step, range_, bound
 
 
 def activation_levels(x: Tensor, grid: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ _SIGNATURES = {
     "weight_levels": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 3, _INTEGER),
     "weight_gradients": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 5, _INTEGER),
     "extremes": (_POINTER, *[_COUNT] * 3, *[_POINTER] * 4, _INTEGER),
-    "activation_grid": (*[_POINTER] * 3, _NUMBER, _POINTER),
+    "activation_grid": (*[_POINTER] * 3, _NUMBER, *[_POINTER] * 3),
     "activation_levels": (
         *[_POINTER] * 2, *[_COUNT] * 3, _POINTER, *[_INTEGER] * 2,
     ),
@@ -156,7 +156,10 @@ def _has_step(found: Library, log2_step: float) -> bool:
     """Whether a step is the float that torch has: the last bit of 2^x is up to whoever
     wrote the function."""
     as_read: Any = {"dtype": torch.float32, "device": "cpu"}
-    given, grid = torch.tensor(log2_step, **as_read), torch.empty(2, **as_read)
-    pointer = given.data_ptr()
-    found.activation_grid(pointer, pointer, None, 0.0, grid.data_ptr())
-    return bool(torch.equal(grid[0], torch.exp2(given)))
+    given = torch.tensor(log2_step, **as_read)
+    step, range_ = torch.empty_like(given), torch.empty_like(given)
+    found.activation_grid(
+        given.data_ptr(), given.data_ptr(), None, 0.0, step.data_ptr(),
+        range_.data_ptr(), None,
+    )  # fmt: skip
+    return bool(torch.equal(step, torch.exp2(given)))

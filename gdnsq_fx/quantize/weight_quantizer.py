@@ -71,8 +71,7 @@ class WeightQuantizer(Quantizer):
         """The same, differentiable; those that the last forward met where it may."""
         seen = self._looks.last
         if seen is None or not seen.is_of(weight):
-            with torch.no_grad():
-                seen = self._look(weight)
+            seen = self._look(weight)
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return seen.low, seen.high
         view = self.layout.grouped(weight)
@@ -144,7 +143,6 @@ class WeightQuantizer(Quantizer):
         """Look at the weight anew, which an update may change and keep its version."""
         self._looks.last = self._looks.ahead = None
 
-    @torch.no_grad()
     def look_ahead(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`extremes`, which the next forward pass in training takes as they are.
 
@@ -156,8 +154,8 @@ class WeightQuantizer(Quantizer):
         return seen.low, seen.high
 
     def _look(self, weight: Tensor) -> Seen:
-        """Extremes of a weight; under `no_grad`."""
-        view, log2_step = self.layout.grouped(weight), self.log2_step
+        """Extremes of a weight; no gradient."""
+        view, log2_step = self.layout.grouped(weight.detach()), self.log2_step
         if is_native_rows(self.kernels, view, log2_step):
             low, high, parts = native_extremes_of(view, log2_step)
         else:
@@ -169,8 +167,7 @@ class WeightQuantizer(Quantizer):
         self, weight: Tensor, *, remember: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Step, lowest level and largest code of each scale group."""
-        with torch.no_grad():
-            low, high = self._extremes(weight, remember=remember)
+        low, high = self._extremes(weight, remember=remember)
         if grid_operators.are_wanted(weight):
             return grid_operators.weight_grid(
                 self.log2_step, low, high, self.offset_mode
@@ -179,16 +176,15 @@ class WeightQuantizer(Quantizer):
         with torch.no_grad():
             return step, *weight_bounds(low, high, step, self.offset_mode)
 
-    @torch.no_grad()
     def _native_grid(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same of a weight that kernels in C serve; no gradient."""
-        step = self.step
+        step = torch.exp2(self.log2_step.detach())
         low, high = self._extremes(weight, remember=self.training)
         mode, tolerance = self.offset_mode, CAPACITY_TOLERANCE
         return step, *native.weight_grid(low, high, step, mode, tolerance)
 
     def _extremes(self, weight: Tensor, *, remember: bool) -> tuple[Tensor, Tensor]:
-        """Extremes of a weight, for the next look at it, too; under `no_grad`."""
+        """Extremes of a weight, for the next look at it, too; no gradient."""
         # Whoever traces symbolically hands in a proxy.
         known = isinstance(weight, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not (remember and known) or torch.compiler.is_compiling():

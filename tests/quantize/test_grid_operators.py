@@ -10,12 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from gdnsq_fx.channels import ChannelLayout
-from gdnsq_fx.quantize import grid_operators
+from gdnsq_fx.quantize import grid_operators, native
 from gdnsq_fx.quantize.activation_quantizer import ActivationQuantizer
 from gdnsq_fx.quantize.weight_quantizer import WeightQuantizer
 from gdnsq_fx.spec import Offset, QuantSpec
 
 OFFSETS: tuple[Offset, ...] = get_args(Offset)
+
+
+@pytest.fixture(params=["native", "eager"])
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers by the kernels in C, where there are any, and without them."""
+    if request.param == "eager":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler here")
 
 
 def _gradients(found: Sequence[Tensor], learned: list[Tensor]) -> tuple[Tensor, ...]:
@@ -24,6 +33,7 @@ def _gradients(found: Sequence[Tensor], learned: list[Tensor]) -> tuple[Tensor, 
     return torch.autograd.grad(total, learned)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_grids_of_activations(offset: Offset) -> None:
     spec = QuantSpec(2, "lsq", offset)
@@ -41,6 +51,7 @@ def test_grids_of_activations(offset: Offset) -> None:
     torch.library.opcheck(grid_operators.activation_grid, (*learned, offset))
 
 
+@pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_grids_of_weights(offset: Offset) -> None:
     weight = torch.randn(4, 3, 5)
