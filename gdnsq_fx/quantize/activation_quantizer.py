@@ -18,6 +18,8 @@ from gdnsq_fx.spec import QuantSpec
 
 # Widths for which calibration notes where the levels of an activation would lie.
 PLACED_BITS = 8
+# Steps below this share of the values are below what float32 resolves of them.
+FLOAT_ROUNDING = 2.0**-22
 
 
 class ActivationQuantizer(Quantizer):
@@ -130,9 +132,11 @@ class ActivationQuantizer(Quantizer):
     def cover(self, low: float, high: float, bits: float) -> None:
         """Place 2^bits levels evenly from ``low`` (0 where nonnegative) to ``high``."""
         low = 0.0 if self.nonnegative else low
-        span = high - low
-        if not span > 0.0:  # a constant: any grid that holds it will do
-            span = abs(high) or 1.0
+        span, size = high - low, max(abs(low), abs(high))
+        # A constant, if need be to float rounding, whose codes no two kernels agree
+        # on: any grid that holds it will do.
+        if not span > size * FLOAT_ROUNDING * (2.0**bits - 1.0):
+            span = size or 1.0
         step = max(math.log2(span) - math.log2(2.0**bits - 1.0), MIN_LOG2_STEP)
         self.lower.fill_(low)
         self.log2_step.fill_(step)

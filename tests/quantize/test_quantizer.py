@@ -445,6 +445,21 @@ def test_constant_activation_is_kept(value: float, bits: int, offset: Offset) ->
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [0.056, -3.0])
+def test_float_rounding_of_a_constant_gets_no_levels(
+    value: float, bits: int, offset: Offset
+) -> None:
+    """Another kernel, which rounds otherwise, has the same codes."""
+    x = torch.full((64,), value)
+    x[::2] = x[::2].nextafter(torch.tensor(torch.inf))
+    quantizer = _activation(bits=bits, offset=offset)
+    quantizer.cover(float(x.min()), float(x.max()), bits)
+    assert len(quantizer.codes(x).unique()) == 1
+    assert torch.allclose(quantizer(x), x, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("bits", [1, 2, 5, 8, 16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e-6, -1e6])
