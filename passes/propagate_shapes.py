@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node, map_arg
@@ -29,6 +30,8 @@ from gdnsq_fx.state import cloned, preserved_state, without_fast_path
 
 from ._base import Pass, placeholder_values
 from ._nested_calls import Arguments, Calls, calls_of
+
+_NORMALIZATIONS = (F.batch_norm, torch.batch_norm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +203,8 @@ class _ShapeRecorder(Interpreter):
         owner = self.module
         assert isinstance(owner, GraphModule)
         silent = n.op == "call_module" and not _holds_weights(owner, n)
-        if silent and not _is_opaque(owner, n):
+        # The counter takes a normalization apart, for as long as all else together.
+        if n.target in _NORMALIZATIONS or (silent and not _is_opaque(owner, n)):
             return super().run_node(n)
         counter = FlopCounterMode(display=False)
         with without_fast_path(), counter:

@@ -97,7 +97,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         packed_size(numel, bits), dtype=torch.uint8, device=codes.device
     )
     for group in range(0, -(-numel // _GROUP), _CHUNK_GROUPS):
-        chunk = flat[group * _GROUP : (group + _CHUNK_GROUPS) * _GROUP].to(torch.int64)
+        chunk = flat[group * _GROUP : (group + _CHUNK_GROUPS) * _GROUP]
+        if chunk.dtype != torch.uint8:  # not all integers can be compared
+            chunk = chunk.to(torch.int64)
         _check_range(chunk, bits)
         start = group * bits
         packed[start : start + _CHUNK_GROUPS * bits] = _pack_chunk(chunk, bits)
@@ -140,8 +142,10 @@ def unpack_bits(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
 
 
 def _pack_chunk(codes: Tensor, bits: int) -> Tensor:
-    """Pack ``[n]`` int64 codes into ``[ceil(n * bits / 8)]`` uint8."""
-    columns = _columns(codes, _GROUP)
+    """Pack ``[n]`` codes into ``[ceil(n * bits / 8)]`` uint8."""
+    if 8 % bits == 0:
+        return _pack_whole_bytes(codes.to(torch.uint8), bits)
+    columns = _columns(codes.to(torch.int32), _GROUP)
     packed = columns.new_zeros(bits, columns.shape[1])
     for index in range(_GROUP):
         first, shift = divmod(index * bits, 8)
@@ -153,9 +157,18 @@ def _pack_chunk(codes: Tensor, bits: int) -> Tensor:
     return packed.to(torch.uint8).t().reshape(-1)[:size]
 
 
+def _pack_whole_bytes(codes: Tensor, bits: int) -> Tensor:
+    """The same of uint8 codes that cross no boundary of bytes."""
+    columns = _columns(codes, 8 // bits)
+    packed = columns[0]
+    for index in range(1, len(columns)):
+        packed |= columns[index] << index * bits
+    return packed
+
+
 def _unpack_chunk(packed: Tensor, bits: int) -> Tensor:
     """Unpack ``[m]`` uint8 into int32 codes, those of the padding included."""
-    columns = _columns(packed, bits)
+    columns = _columns(packed.to(torch.int32), bits)
     codes = columns.new_empty(_GROUP, columns.shape[1])
     for index in range(_GROUP):
         first, shift = divmod(index * bits, 8)
@@ -168,12 +181,12 @@ def _unpack_chunk(packed: Tensor, bits: int) -> Tensor:
 
 
 def _columns(flat: Tensor, width: int) -> Tensor:
-    """Pad ``[n]`` with zeros to rows of ``width``; return int32 ``[width, rows]``.
+    """Pad ``[n]`` with zeros to rows of ``width``; return ``[width, rows]``.
 
     Contiguous columns keep each shift and mask one pass over adjacent memory.
     """
     rows = -(-flat.numel() // width)
-    padded = torch.zeros(rows * width, dtype=torch.int32, device=flat.device)
+    padded = flat.new_zeros(rows * width)
     padded[: flat.numel()] = flat
     return padded.reshape(rows, width).t().contiguous()
 
