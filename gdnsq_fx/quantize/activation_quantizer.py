@@ -18,8 +18,9 @@ from gdnsq_fx.spec import QuantSpec
 
 # Widths for which calibration notes where the levels of an activation would lie.
 PLACED_BITS = 8
-# Steps below this share of the values are below what float32 resolves of them.
-FLOAT_ROUNDING = 2.0**-22
+# What spreads over less than this share of its size, some hundred units in the last
+# place of float32, is a constant that kernels round differently.
+FLOAT_ROUNDING = 2.0**-17
 
 
 class ActivationQuantizer(Quantizer):
@@ -133,9 +134,9 @@ class ActivationQuantizer(Quantizer):
         """Place 2^bits levels evenly from ``low`` (0 where nonnegative) to ``high``."""
         low = 0.0 if self.nonnegative else low
         span, size = high - low, max(abs(low), abs(high))
-        # A constant, if need be to float rounding, whose codes no two kernels agree
-        # on: any grid that holds it will do.
-        if not span > size * FLOAT_ROUNDING * (2.0**bits - 1.0):
+        # A constant, to float rounding: any grid that holds it will do. Whatever the
+        # bits, or a tensor would lose its levels on the way from many to few.
+        if not span > size * FLOAT_ROUNDING:
             span = size or 1.0
         step = max(math.log2(span) - math.log2(2.0**bits - 1.0), MIN_LOG2_STEP)
         self.lower.fill_(low)

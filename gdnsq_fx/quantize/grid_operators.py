@@ -36,7 +36,7 @@ def activation_grid(
         log2_step, log2_range, lower: what its quantizer learned.
         mode: of its offset.
     """
-    if native.serves(log2_step, log2_range, lower):
+    if log2_step.numel() == 1 and native.serves_vectors(log2_step, log2_range, lower):
         return native.activation_scalars(
             log2_step, log2_range, lower, cast(Offset, mode)
         )

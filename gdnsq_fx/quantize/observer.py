@@ -126,8 +126,7 @@ class Observer:
         (shrink,) = self._best_shrinks(low, high, [bits])
         quantizer.cover(low * shrink, high * shrink, bits)
         if self._share_midway(quantizer) > MOST_MIDWAY:
-            shrink *= OFF_LATTICE
-            quantizer.cover(low * shrink, high * shrink, bits)
+            quantizer.cover(*_off_lattice(low * shrink, high * shrink), bits)
 
     def _share_midway(self, quantizer: ActivationQuantizer) -> float:
         """Share of values that lie midway between two levels, to float rounding."""
@@ -160,6 +159,16 @@ class Observer:
             _best_shrink(values, low, high, b) if b <= MOST_BITS else 1.0
             for b in widths
         ]
+
+
+def _off_lattice(low: float, high: float) -> tuple[float, float]:
+    """The range with its levels further apart; what does not hold 0 grows outwards."""
+    wider = (high - low) * (OFF_LATTICE - 1.0)
+    if low > 0.0:
+        return low, high + wider
+    if high < 0.0:
+        return low - wider, high
+    return low * OFF_LATTICE, high * OFF_LATTICE
 
 
 def _best_shrink(values: Tensor, low: float, high: float, bits: int) -> float:

@@ -155,6 +155,14 @@ def test_hook_sees_the_input_of_a_module() -> None:
     assert (observer.low, observer.high) == (3.0, 4.0)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_levels_off_a_lattice_still_reach_all_of_it(sign: float) -> None:
+    values = sign * (100.0 + torch.arange(7.0).repeat(50) / 6.0)
+    quantizer = _placed(values)
+    worst = float((quantizer(values) - values).detach().abs().max())
+    assert worst <= 0.51 * float(quantizer.step)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_levels_keep_off_the_midst_of_a_lattice(bits: int) -> None:
     """8/16 is midway between two of 256 levels over 0..1."""

@@ -460,6 +460,20 @@ def test_float_rounding_of_a_constant_gets_no_levels(
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("start", [4.0, 8.0, 16.0])
+@pytest.mark.parametrize("low", [291.0, -1000.0])
+def test_a_small_spread_keeps_its_levels_on_the_way_down(
+    low: float, start: float, offset: Offset
+) -> None:
+    quantizer = _activation(bits=4, offset=offset)
+    x = torch.linspace(low, low + 0.05, 200)
+    quantizer.observed.copy_(torch.stack([x.min(), x.max()]))
+    quantizer.open_to(start)
+    quantizer.project(4.0)
+    assert len(quantizer.codes(x).unique()) >= 12
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("bits", [1, 2, 5, 8, 16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e-6, -1e6])
